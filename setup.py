@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["smolrun", "smolrun.*"]), "smolrun.kernels"],
+    packages=["smolrun", "smolrun.kernels", *(f"smolrun.{name}" for name in find_packages("smolrun"))],
     package_dir={"smolrun": "smolrun", "smolrun.kernels": "kernels"},
     package_data={"smolrun": ["py.typed", "*.txt"], "smolrun.kernels": ["py.typed"]},
     install_requires=[
