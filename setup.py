@@ -11,7 +11,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 TEST = ["pytest>=8", "ruff", "mypy", "gguf", "pexpect"]
-REFERENCE = ["llama-cpp-python==0.3.36"]  # the peer of `smolrun verify` and `smolrun bench --compare`; compiles C++ when installed
+REFERENCE = [
+    "llama-cpp-python==0.3.36"
+]  # the peer of `smolrun verify` and `smolrun bench --compare`; compiles C++ when installed
 
 setup(
     name="smolrun",
