@@ -1,0 +1,1 @@
+"""Model files: name -> path -> metadata and tensor views. Nothing of models."""
