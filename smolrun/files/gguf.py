@@ -12,12 +12,9 @@ every count, length and offset is compared with the bytes that are there *before
 allocate more than a small multiple of its own size. Source: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import contextlib
 import math
-import mmap
 import os
 import secrets
-import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from smolrun.kernels.formats import FORMATS, Format, by_ggml_type
 
-from smolrun.errors import ModelFileError, ModelNotFound, OptionError, UnsupportedModel
+from smolrun.errors import ModelFileError, OptionError, UnsupportedModel
+from smolrun.files.mapped import AGAIN, MappedFile
+from smolrun.kernels.formats import FORMATS, Format, by_ggml_type
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -39,7 +37,6 @@ MAX_NAME = 64  # bytes of a tensor name
 MAX_KEY = 65_535  # bytes of a metadata key
 MAX_ARRAY = 1 << 22  # elements: the largest vocabularies have 2**18
 MAX_DEPTH = 4  # arrays in arrays
-AGAIN = "(download again)"
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 BOOL, STRING, ARRAY = 7, 8, 9
@@ -67,40 +64,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-class MappedFile:
-    """A read-only memory map of one file, with byte views and a way to give its pages back."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ModelFileError(f"{path.name}: not a regular file")
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise ModelFileError(f"{path.name}: the file is empty {AGAIN}")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise ModelNotFound(f"{path}: no such file") from None
-        except OSError as error:
-            raise ModelFileError(f"{path.name}: cannot be read: {error.strerror or error}") from error
-        self.size = len(self._map)
-
-    def view(self, offset: int, nbytes: int) -> np.ndarray:
-        """Read-only uint8 view (nbytes,) of the map, without a copy. Callers have checked the bounds."""
-        return np.frombuffer(self._map, np.uint8, nbytes, offset)
-
-    def release(self, offset: int, nbytes: int) -> None:
-        """Take a range's pages out of our resident memory. They come back from the file when touched again."""
-        first = offset - offset % mmap.PAGESIZE
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, offset + nbytes - first)
-
-    def close(self) -> None:
-        """Unmap now, or when the last view is gone: a view can never read freed memory."""
-        with contextlib.suppress(BufferError):
-            self._map.close()
 
 
 @dataclass(slots=True)
@@ -139,7 +102,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUF:
     """
     file = MappedFile(Path(path))
     try:
-        with memoryview(file._map) as buffer:
+        with file.memory() as buffer:
             return _Reader(file, buffer).read()
     except BaseException:
         file.close()

@@ -1,0 +1,360 @@
+"""A checkpoint, whatever its container: config, tensors under one set of names, tokenizer, chat template.
+
+    GGUF file              llama.* and tokenizer.* metadata, q and k rows permuted
+    Hugging Face folder    config.json, *.safetensors, tokenizer.json, ... q and k rows half-split
+
+Names are GGUF's: token_embd, output_norm, output, blk.{i}.attn_norm | attn_q | attn_k | attn_v | attn_output |
+ffn_norm | ffn_gate | ffn_up | ffn_down, each + ".weight". Nothing is copied: a tensor is a view of a read-only map.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolrun.config import ModelConfig
+from smolrun.errors import ModelFileError, ModelNotFound, UnsupportedModel
+from smolrun.files.folder import Folder, Shard, parse_object
+from smolrun.files.gguf import read_gguf
+from smolrun.files.mapped import AGAIN, MappedFile
+from smolrun.kernels.formats import FORMATS, dequantize_ref
+
+END_OF_TEXT = "<|endoftext|>"
+CONTROL = 3  # GGUF token type of specials
+STEP = 1 << 22  # bytes compared at a time
+
+HF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+HF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One weight as it lies in its file.
+
+    Attributes:
+        name: GGUF's name, "blk.3.attn_q.weight".
+        format: name in kernels.formats.FORMATS.
+        shape: (rows, cols), or (dim,) for norms.
+        raw: the blocks, read-only uint8 (nbytes,), zero-copy.
+        permuted: rows are in GGUF's interleaved rotary order (attn_q and attn_k of a GGUF file).
+        release: takes the tensor's pages out of resident memory once they are used; they come back when touched again.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    raw: np.ndarray
+    permuted: bool
+    release: Callable[[], None] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSource:
+    """What a tokenizer is built from: `json` (the text of tokenizer.json), else `vocab`, `merges` and `token_types`.
+
+    Attributes:
+        eos_ids: the ids that end an answer: every end id the files name, then <|endoftext|>.
+        specials: text -> id of the control tokens.
+    """
+
+    json: str | None = field(default=None, repr=False)
+    vocab: list[str] = field(default_factory=list, repr=False)
+    merges: list[str] = field(default_factory=list, repr=False)
+    token_types: list[int] = field(default_factory=list, repr=False)
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    specials: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """An open checkpoint; a context manager.
+
+    Attributes:
+        metadata: GGUF's keys; for a folder its JSON files by name.
+        bytes_total: bytes of all tensors in their files.
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: TokenizerSource
+    chat_template: str | None
+    metadata: dict[str, Any]
+    bytes_total: int
+    _files: list[MappedFile] = field(default_factory=list, repr=False)
+
+    def close(self) -> None:
+        """Close the files. Views that are still held stay readable."""
+        self.tensors = {}
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a GGUF file or a Hugging Face folder and check that it is a whole, plain Llama.
+
+    Raises:
+        ModelNotFound: nothing at `path`.
+        ModelFileError: damaged, hostile or incomplete; names file, tensor or key, found and expected.
+        UnsupportedModel: sound, but another architecture, dtype, RoPE, ... than smolrun runs; names the feature.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelNotFound(f"{path}: no such file or folder")
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".safetensors":
+        raise ModelFileError(f"{path.name}: weights alone are no model: give the folder that holds config.json too")
+    return _open_gguf(path)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a model, in the order of the forward pass."""
+    dim, hidden_dim = config.dim, config.hidden_dim
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab_size, dim)}
+    for i in range(config.n_layers):
+        shapes |= {
+            f"blk.{i}.attn_norm.weight": (dim,),
+            f"blk.{i}.attn_q.weight": (config.q_dim, dim),
+            f"blk.{i}.attn_k.weight": (config.kv_dim, dim),
+            f"blk.{i}.attn_v.weight": (config.kv_dim, dim),
+            f"blk.{i}.attn_output.weight": (dim, config.q_dim),
+            f"blk.{i}.ffn_norm.weight": (dim,),
+            f"blk.{i}.ffn_gate.weight": (hidden_dim, dim),
+            f"blk.{i}.ffn_up.weight": (hidden_dim, dim),
+            f"blk.{i}.ffn_down.weight": (dim, hidden_dim),
+        }
+    shapes["output_norm.weight"] = (dim,)
+    if not config.tied:
+        shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+def hf_name(name: str) -> str:
+    """GGUF's name -> Hugging Face's: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    stem = name.removesuffix(".weight")
+    if stem in HF_NAMES:
+        return f"{HF_NAMES[stem]}.weight"
+    _, layer, part = stem.split(".")
+    return f"model.layers.{layer}.{HF_LAYER[part]}.weight"
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    gguf = read_gguf(path)
+    try:
+        metadata, source = gguf.metadata, path.name
+        if metadata.get("split.count", 1) != 1:
+            parts = metadata["split.count"]
+            raise UnsupportedModel(f"{source}: one of {parts} parts; merge them first (llama-gguf-split --merge)")
+        config = ModelConfig.from_gguf(metadata, tied="output.weight" not in gguf.tensors, source=source)
+        shapes = expected_shapes(config)
+        _check(source, shapes, {name: info.shape for name, info in gguf.tensors.items()})
+        tensors = {}
+        for name in shapes:
+            info = gguf.tensors[name]
+            permuted = name.endswith((".attn_q.weight", ".attn_k.weight"))
+            view = (gguf.file, info.offset, info.nbytes)
+            tensors[name] = _tensor(source, name, info.format.name, info.shape, view, permuted=permuted)
+        tokenizer = _gguf_tokenizer(metadata, config, source)
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise ModelFileError(f"{source}: tokenizer.chat_template is no string {AGAIN}")
+        total = sum(tensor.raw.nbytes for tensor in tensors.values())
+        return Checkpoint(path, config, tensors, tokenizer, template, metadata, total, [gguf.file])
+    except BaseException:
+        gguf.close()
+        raise
+
+
+def _gguf_tokenizer(metadata: Mapping[str, Any], config: ModelConfig, source: str) -> TokenizerSource:
+    for key, plain in {"model": "gpt2", "pre": "smollm", "add_bos_token": False, "add_space_prefix": False}.items():
+        found = metadata.get(f"tokenizer.ggml.{key}", plain if plain is False else None)
+        if found != plain:
+            raise UnsupportedModel(f"{source}: tokenizer.ggml.{key} is {found!r}; only {plain!r} is supported")
+    lists: list[list[Any]] = []
+    for key, kind in {"tokens": str, "merges": str, "token_type": int}.items():
+        values = metadata.get(f"tokenizer.ggml.{key}")
+        if not isinstance(values, list) or not values or type(values[0]) is not kind:  # GGUF arrays hold one type
+            raise ModelFileError(f"{source}: tokenizer.ggml.{key} is missing or no array of {kind.__name__} {AGAIN}")
+        lists.append(values)
+    vocab, merges, types = lists
+    if len(types) != len(vocab):
+        raise ModelFileError(f"{source}: {len(vocab):,} tokens but {len(types):,} token types {AGAIN}")
+    if len(set(vocab)) != len(vocab):
+        raise ModelFileError(f"{source}: a token occurs twice in the vocabulary {AGAIN}")
+    specials = {vocab[i]: i for i, kind in enumerate(types) if kind == CONTROL}
+    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    bos, eos_ids = _special_ids(source, config, specials, metadata.get("tokenizer.ggml.bos_token_id"), ends)
+    return TokenizerSource(None, vocab, merges, types, bos, eos_ids, specials)
+
+
+# --- Hugging Face folder ---------------------------------------------------------------------------------------------
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    folder = Folder(path)
+    documents: dict[str, Any] = {}
+    for name, need in {"config.json": True, "generation_config.json": False, "tokenizer_config.json": False}.items():
+        document = folder.json(name)
+        if document is None and need:
+            raise ModelFileError(f"{path}: {name} is missing: not a Hugging Face checkpoint, or an incomplete download")
+        documents[name] = document or {}
+    config = ModelConfig.from_hf(documents["config.json"], name=folder.name, licence=_licence(folder))
+    tokenizer = _hf_tokenizer(folder, documents, config)
+    template = folder.text("chat_template.jinja") or _hf_template(documents["tokenizer_config.json"])
+    shards = folder.shards()
+    files = list({id(shard.file): shard.file for shard in shards.values()}.values())
+    try:
+        tensors = _hf_tensors(folder.name, config, shards)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    total = sum(tensor.raw.nbytes for tensor in tensors.values())
+    return Checkpoint(path, config, tensors, tokenizer, template, documents, total, files)
+
+
+def _hf_tensors(source: str, config: ModelConfig, shards: dict[str, Shard]) -> dict[str, Tensor]:
+    # inv_freq follows from theta
+    shards = {name: shard for name, shard in shards.items() if not name.endswith(".rotary_emb.inv_freq")}
+    head, embedding = shards.get("lm_head.weight"), shards.get("model.embed_tokens.weight")
+    if config.tied and head and embedding:
+        if not _equal(head, embedding):
+            raise ModelFileError(
+                f"{source}: tie_word_embeddings is true, but lm_head differs from embed_tokens {AGAIN}"
+            )
+        del shards["lm_head.weight"]
+    shapes = expected_shapes(config)
+    names = {name: hf_name(name) for name in shapes}
+    expected = {names[name]: shape for name, shape in shapes.items()}
+    _check(source, expected, {name: shard.shape for name, shard in shards.items()})
+    tensors = {}
+    for name in shapes:
+        shard = shards[names[name]]
+        view = (shard.file, shard.offset, shard.nbytes)
+        tensors[name] = _tensor(source, name, shard.dtype, shard.shape, view, permuted=False)
+    return tensors
+
+
+def _hf_tokenizer(folder: Folder, documents: Mapping[str, Any], config: ModelConfig) -> TokenizerSource:
+    source = "tokenizer.json"
+    text = folder.text(source)
+    if text is None:
+        raise ModelFileError(f"{folder.path}: {source} is missing: an incomplete download, or a slow tokenizer alone")
+    added = parse_object(text, source).get("added_tokens", [])
+    try:
+        specials = {str(token["content"]): token["id"] for token in added if token["special"]}
+    except (TypeError, KeyError):
+        raise ModelFileError(
+            f"{source}: added_tokens is no list of tokens with id, content and special {AGAIN}"
+        ) from None
+    plain, generation, names = (
+        documents[f"{name}.json"] for name in ("config", "generation_config", "tokenizer_config")
+    )
+    if names.get("add_bos_token"):
+        raise UnsupportedModel("tokenizer_config.json: add_bos_token is true; only false is supported")
+    eos = names.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    ends: list[Any] = []
+    for value in (plain.get("eos_token_id"), generation.get("eos_token_id")):
+        ends += value if isinstance(value, list) else [value]
+    ends.append(specials.get(eos) if isinstance(eos, str) else None)
+    bos = plain.get("bos_token_id", generation.get("bos_token_id"))
+    bos, eos_ids = _special_ids(source, config, specials, bos, ends)
+    return TokenizerSource(json=text, bos_id=bos, eos_ids=eos_ids, specials=specials)
+
+
+def _hf_template(tokenizer_config: Mapping[str, Any]) -> str | None:
+    """chat_template: a string, or a list of named ones of which "default" counts."""
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelFileError(f"tokenizer_config.json: chat_template is no string {AGAIN}")
+    return template
+
+
+def _licence(folder: Folder) -> str:
+    """`license:` of the model card's front matter, if the card is there."""
+    found = re.search(r"^license: *([\w.+-]+) *$", (folder.text("README.md") or "")[:10_000], re.MULTILINE)
+    return found[1] if found else ""
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def _check(source: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor is there with its shape, and no other: a tensor we would ignore is a model we do not run."""
+    for name in found.keys() - expected.keys():
+        if name.endswith(".bias"):
+            raise UnsupportedModel(f"{source}: tensor {name}: biases are not supported")
+        if name.startswith("rope_"):
+            raise UnsupportedModel(f"{source}: tensor {name}: RoPE scaling is not supported")
+        raise UnsupportedModel(f"{source}: tensor {name}: a plain Llama has no such tensor")
+    for name, shape in expected.items():
+        if name not in found:
+            raise ModelFileError(f"{source}: tensor {name} is missing {AGAIN}")
+        if found[name] != shape:
+            raise ModelFileError(f"{source}: tensor {name}: shape {shape} expected, {found[name]} found {AGAIN}")
+
+
+def _tensor(
+    source: str, name: str, format: str, shape: tuple[int, ...], view: tuple[MappedFile, int, int], *, permuted: bool
+) -> Tensor:
+    file, offset, nbytes = view
+    raw = file.view(offset, nbytes)
+    if len(shape) == 1 and not np.isfinite(dequantize_ref(FORMATS[format], raw)).all():
+        raise ModelFileError(f"{source}: tensor {name}: NaN or infinity in it: a damaged file, or a failed training")
+    return Tensor(name, format, shape, raw, permuted, lambda: file.release(offset, nbytes))
+
+
+def _special_ids(
+    source: str, config: ModelConfig, specials: Mapping[str, int], bos: Any, ends: Iterable[Any]
+) -> tuple[int | None, tuple[int, ...]]:
+    """(bos, stop set): checked, each once, in the order given, then <|endoftext|>."""
+    stop = [end for end in (*ends, specials.get(END_OF_TEXT)) if end is not None]
+    for number in [*stop, *specials.values(), *([] if bos is None else [bos])]:
+        if type(number) is not int or not 0 <= number < config.vocab_size:
+            raise ModelFileError(
+                f"{source}: token id {number!r}, a number below {config.vocab_size:,} expected {AGAIN}"
+            )
+    return bos, tuple(dict.fromkeys(stop))
+
+
+def _equal(one: Shard, other: Shard) -> bool:
+    """The same bytes, compared in steps so that neither tensor is ever resident as a whole."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, STEP):
+        size = min(STEP, one.nbytes - start)
+        views = [shard.file.view(shard.offset + start, size) for shard in (one, other)]
+        if not np.array_equal(views[0], views[1]):
+            return False
+        for shard in (one, other):
+            shard.file.release(shard.offset + start, size)
+    return True
