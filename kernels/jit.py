@@ -1,4 +1,4 @@
-"""The one decorator of the kernels and the registry of what they export.
+"""The one decorator of the kernels, and the way from a function to an object.
 
 Imported by the compiling child process only (build.py): the run-time links the objects it makes and never imports Numba.
 """
@@ -9,43 +9,52 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
+from numba import types
 
 from .target import TIERS
 
-# The tier this process compiles for; build.py starts a process per tier because LLVM's target is fixed at Numba's first compile.
+# The tier this process compiles for.
 TIER = TIERS[os.environ["SMOLRUN_BUILD_TIER"]]
 
 # No exceptions, no bounds checks, no fast-math: what is left is arithmetic on addresses, and an object without Python symbols.
-kernel = numba.njit(error_model="numpy", boundscheck=False, fastmath=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-
-_EXPORTS: dict[str, tuple[Any, Callable[..., Any]]] = {}
-
-
-def export(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Mark a function as one C entry point of its module's object, under its own name."""
-
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.__smolrun_signature__ = signature  # type: ignore[attr-defined]
-        return function
-
-    return mark
+FLAGS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
+kernel = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)
 
 
-def object_code(function: Callable[..., Any]) -> tuple[str, bytes]:
-    """(symbol, relocatable object) of a function marked with `export`.
+def compile_c(name: str, function: Callable[..., Any], signature: Any, emit: str = "object") -> bytes:
+    """Code of a function under the C symbol `name`; emit: "object" or "assembly".
 
-    The C wrapper that Numba makes has a mangled name: it is returned, not changed, because the object is linked by that name.
+    Numba's own C wrapper reports exceptions through the Python API; ours is five lines of IR and needs nothing. Position independent
+    code of the small model, so that the same object may be linked into a shared library.
     """
-    compiled = numba.cfunc(
-        function.__smolrun_signature__, error_model="numpy", boundscheck=False, fastmath=False  # type: ignore[attr-defined]
-    )(function)
-    return compiled.native_name, compiled._library.emit_native_object()
-
-
-def assembly(function: Callable[..., Any]) -> str:
-    """Assembly of a function marked with `export`, for tests that look for instructions."""
-    compiled = numba.cfunc(
-        function.__smolrun_signature__, error_model="numpy", boundscheck=False, fastmath=False  # type: ignore[attr-defined]
-    )(function)
-    return str(compiled._library.get_asm_str())
+    dispatcher = kernel(function)
+    dispatcher.compile(signature.args)
+    compiled = dispatcher.overloads[signature.args]
+    native = compiled.fndesc.llvm_func_name
+    value = "void" if signature.return_type == types.void else "i64"
+    params = ", ".join(f"i64 %a{i}" for i in range(len(signature.args)))
+    wrapper = f"""
+define {value} @{name}({params}) {{
+  %result = alloca i64
+  %error = alloca ptr
+  %status = call i32 @{native}({", ".join(["ptr %result", "ptr %error", params])})
+  %value = load i64, ptr %result
+  ret {value} {"" if value == "void" else "%value"}
+}}
+"""
+    module = llvm.parse_assembly(str(compiled.library._final_module) + wrapper)
+    for f in module.functions:
+        if not f.is_declaration and f.name != name:
+            f.linkage = "internal"
+    for g in module.global_variables:
+        if not g.is_declaration:
+            g.linkage = "internal"
+    machine = llvm.Target.from_triple(module.triple).create_target_machine(
+        cpu=TIER.cpu, features=TIER.features, opt=3, reloc="pic", codemodel="small"
+    )
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3)))
+    return machine.emit_object(module) if emit == "object" else machine.emit_assembly(module).encode()

@@ -252,13 +252,13 @@ def _overload_operator(op: Any, float_name: str, int_name: str) -> None:
         for kind, name in ((f32x16, float_name), (i32x16, int_name))
     }
 
-    def typing(x: Any, y: Any) -> Any:
+    def typing(x, y):  # type: ignore[no-untyped-def]
         if isinstance(x, Vec) and x == y:
             apply = words[x]
             return lambda x, y: apply(x, y)
         return None
 
-    overload(op, inline="always")(typing)
+    overload(op)(typing)
 
 
 for _op in _OPERATORS:

@@ -108,3 +108,16 @@ def choose() -> Tier:
             return tier
     state = "exists but needs features this CPU lacks" if wanted in TIERS else "does not exist"
     raise RuntimeError(f"SMOLRUN_TIER={wanted}: that tier {state}; this CPU runs: {names}")
+
+
+RECORD_BYTES = 64  # one int8 activation record, drawn in matmul.py
+
+
+def token_tile(tier: Tier, terms: int) -> int:
+    """Tokens of a prefill tile: `terms` i32 sums and one f32 sum each must fit the registers.
+
+    terms: int8 terms of an activation; 0 for f32 activations.
+    """
+    if tier.row_lanes == 16:
+        return {0: 14, 1: tier.token_tile, 2: 8}[terms]
+    return {0: 4, 1: tier.token_tile, 2: 2}[terms]

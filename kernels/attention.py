@@ -1,0 +1,202 @@
+"""Causal grouped-query attention over pages of the KV cache, with an online softmax over fixed spans of positions.
+
+A page holds 64 positions of every layer and KV head:
+
+    K  [4 groups of positions][64 dims][16 positions]   lanes are positions: scores need no horizontal sum
+    V  [64 positions][64 dims]                          lanes are dims
+
+A row is one query head of one token. Rows that share a KV head and a page table are computed together and share its loads. Scores of
+a span of 512 positions give a partial (m, l, o): maximum, sum of exp, weighted sum of V. Partials merge in order of position, whoever
+computed them, so splitting a context over threads, chunking a prompt or batching rows does not change bits (arXiv 1805.02867,
+2205.14135).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .block import HEAD_DIM, PAGE, PART, SPAN
+from .jit import TIER, kernel
+from .simd import (
+    I64,
+    LANES,
+    V16F32,
+    at,
+    broadcast_f32,
+    const,
+    emit_fma,
+    emit_load_as_f32,
+    f32,
+    get_f32,
+    get_i64,
+    load,
+    put_f32,
+    store,
+    vexp,
+    vfirst,
+    vfma,
+    vhmax,
+    vload,
+    vmax,
+    vsplat,
+    vstore,
+    vsum,
+    void,
+    word,
+)
+
+i64 = types.int64
+MINUS_INFINITY = float("-inf")
+WIDTH = 4 if TIER.row_lanes == 16 else 1  # vectors of positions (scores) or of dims (values) held per row
+
+
+def _sum_of_products(
+    b: ir.IRBuilder, rows: int, count: Any, left: Any, right: Any, element: str, width: int, out: Any, keep: bool
+) -> None:
+    """out[r][v] (+)= sum over i < count of left(r, i) * right(i, v), v < width vectors; i upwards, one fma each."""
+    acc = [[cgutils.alloca_once(b, V16F32) for _ in range(width)] for _ in range(rows)]
+    for r, row in enumerate(acc):
+        for v, a in enumerate(row):
+            b.store(load(b, out(r, v), V16F32) if keep else const(V16F32, 0.0), a)
+    with cgutils.for_range(b, count, intp=I64) as loop:
+        vectors = [emit_load_as_f32(b, right(loop.index, v), element) for v in range(width)]
+        for r in range(rows):
+            factor = broadcast_f32(b, left(r, loop.index))
+            for v in range(width):
+                b.store(emit_fma(b, factor, vectors[v], b.load(acc[r][v])), acc[r][v])
+    for r, row in enumerate(acc):
+        for v, a in enumerate(row):
+            store(b, out(r, v), b.load(a))
+
+
+def make_scores(rows: int, element: str) -> Any:
+    """Intrinsic scores(q, k_page, groups, s): s[r][16 g + lane] = q[r] . K[g][:, lane] for g < groups.
+
+    q: f32 (rows, 64); s: f32 rows, SPAN floats apart. All 4 groups of a page are computed where registers allow it.
+    """
+    size = 4 if element == "F32" else 2
+    group_bytes = HEAD_DIM * LANES * size
+
+    def emit(b: ir.IRBuilder, q: Any, k: Any, groups: Any, s: Any) -> None:
+        steps = b.sdiv(b.add(groups, ir.Constant(I64, WIDTH - 1)), ir.Constant(I64, WIDTH))
+        with cgutils.for_range(b, steps, intp=I64) as loop:
+            first = b.add(k, b.mul(loop.index, ir.Constant(I64, group_bytes * WIDTH)))
+            target = b.add(s, b.mul(loop.index, ir.Constant(I64, 64 * WIDTH)))
+
+            def left(r: int, d: Any) -> Any:
+                return b.add(at(b, q, 4 * HEAD_DIM * r), b.shl(d, ir.Constant(I64, 2)))
+
+            def right(d: Any, v: int) -> Any:
+                return b.add(at(b, first, group_bytes * v), b.mul(d, ir.Constant(I64, LANES * size)))
+
+            def out(r: int, v: int) -> Any:
+                return at(b, target, 4 * SPAN * r + 64 * v)
+
+            _sum_of_products(b, rows, ir.Constant(I64, HEAD_DIM), left, right, element, WIDTH, out, False)
+
+    return word(void, [i64] * 4, emit)
+
+
+def make_values(rows: int, element: str) -> Any:
+    """Intrinsic values(p, v_page, count, o): o[r] += sum over positions i < count of p[r][i] * V[i]; o rows PART floats apart."""
+    size = 4 if element == "F32" else 2
+
+    def emit(b: ir.IRBuilder, p: Any, page: Any, count: Any, o: Any) -> None:
+        for dim in range(0, HEAD_DIM, LANES * WIDTH):
+
+            def left(r: int, i: Any) -> Any:
+                return b.add(at(b, p, 4 * SPAN * r), b.shl(i, ir.Constant(I64, 2)))
+
+            def right(i: Any, v: int, dim: int = dim) -> Any:
+                return b.add(at(b, page, size * (dim + LANES * v)), b.mul(i, ir.Constant(I64, HEAD_DIM * size)))
+
+            def out(r: int, v: int, dim: int = dim) -> Any:
+                return at(b, o, 4 * PART * r + 4 * (dim + LANES * v))
+
+            _sum_of_products(b, rows, count, left, right, element, WIDTH, out, True)
+
+    return word(void, [i64] * 4, emit)
+
+
+@kernel
+def softmax_part(s, limit, filled, part):  # type: ignore[no-untyped-def]
+    """Scores of one row -> weights in place, and m, l of its partial; o is zeroed. limit: positions this row may see, 1..SPAN;
+    filled: positions computed for the tile; weights beyond the limit become 0."""
+    top = vsplat(f32(MINUS_INFINITY))
+    for i in range(0, limit, LANES):
+        v = vfirst(limit - i, vload(s + 4 * i), vsplat(f32(MINUS_INFINITY)))
+        vstore(s + 4 * i, v)
+        top = vmax(top, v)
+    m = vhmax(top)
+    total = vsplat(f32(0.0))
+    for i in range(0, limit, LANES):
+        v = vfirst(limit - i, vexp(vload(s + 4 * i) - vsplat(m)), vsplat(f32(0.0)))
+        vstore(s + 4 * i, v)
+        total = total + v
+    i = (limit + LANES - 1) // LANES * LANES
+    while i < filled:
+        vstore(s + 4 * i, vsplat(f32(0.0)))
+        i += LANES
+    put_f32(part, m)
+    put_f32(part + 4, vsum(total))
+
+
+@kernel
+def merge(into, part):  # type: ignore[no-untyped-def]
+    """into = the softmax over both partials' positions; `into` covers the earlier ones."""
+    m0, m1 = get_f32(into), get_f32(part)
+    m = max(m0, m1)
+    a = vexp(vsplat(m0 - m))
+    c = vexp(vsplat(m1 - m))
+    put_f32(into, m)
+    put_f32(into + 4, vhmax(vfma(vsplat(get_f32(part + 4)), c, vsplat(get_f32(into + 4)) * a)))
+    for d in range(0, HEAD_DIM, LANES):
+        at_d = 4 * (16 + d)
+        vstore(into + at_d, vfma(vload(part + at_d), c, vload(into + at_d) * a))
+
+
+@kernel
+def finish(part, out):  # type: ignore[no-untyped-def]
+    """out[64] = o / l."""
+    total = vsplat(get_f32(part + 4))
+    for d in range(0, HEAD_DIM, LANES):
+        vstore(out + 4 * d, vload(part + 4 * (16 + d)) / total)
+
+
+def make_span(rows: int, element: str) -> Any:
+    """span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts): partials of `rows` rows over one span.
+
+    Row r is head (first_row + r) % group of the token at position start + (first_row + r) // group. q: f32 (rows, 64), rotated and
+    scaled. first: first position of the span. pages: addresses of the sequence's pages; page_offset: this layer and head inside a
+    page. s: scratch f32 (rows, SPAN). parts: f32 (rows, PART). Rows that see nothing of the span get l = 0 and are not to be merged.
+    """
+    scores, values = make_scores(rows, element), make_values(rows, element)
+
+    @kernel
+    def span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts):  # type: ignore[no-untyped-def]
+        last = start + (first_row + rows - 1) // group + 1  # positions that the last row sees
+        filled = min(last - first, SPAN)
+        for i in range(0, filled, PAGE):
+            page = get_i64(pages + (first + i) // PAGE * 8) + page_offset
+            scores(q, page, (min(filled - i, PAGE) + LANES - 1) // LANES, s + 4 * i)
+        padded = (filled + LANES - 1) // LANES * LANES
+        for r in range(rows):
+            limit = min(start + (first_row + r) // group + 1 - first, SPAN)
+            part = parts + 4 * PART * r
+            for d in range(0, HEAD_DIM, LANES):
+                vstore(part + 4 * (16 + d), vsplat(f32(0.0)))
+            if limit > 0:
+                softmax_part(s + 4 * SPAN * r, limit, padded, part)
+            else:
+                put_f32(part + 4, f32(0.0))
+                for j in range(0, padded, LANES):
+                    vstore(s + 4 * (SPAN * r + j), vsplat(f32(0.0)))
+        for i in range(0, filled, PAGE):
+            page = get_i64(pages + (first + i) // PAGE * 8) + page_offset
+            values(s + 4 * i, page + value_offset, min(filled - i, PAGE), parts + 4 * 16)
+
+    return span

@@ -1,0 +1,86 @@
+"""The argument blocks: all that a kernel is told, as one array of 64-bit words. Nothing here needs Numba.
+
+    word     0        1       2      ...
+            [n]      [dim]   [..]                 int64 counts, addresses, or the bits of an f32
+
+Kernels read a word by its index (`get_i64(block + 8 * B.dim)`), Python writes it by its name; both take the index from here.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.int64]
+
+
+def constants(**named: int) -> Any:
+    """Named integers that Numba freezes into the code: a named tuple (it knows no other namespace of ours)."""
+    return namedtuple("constants", named)(**named)  # type: ignore[misc]
+
+
+def words(names: str) -> Any:
+    """Names -> byte offsets of consecutive 64-bit words; `.size` is their number."""
+    listed = names.split()
+    return constants(**{name: 8 * i for i, name in enumerate(listed)}, size=len(listed))
+
+
+# One pass over n tokens of one sequence. Buffers, f32 unless said, rows of a token one after the other:
+#   x (n, dim)   qkv (n, q_dim + 2 kv_dim), attention writes its output over q   gate, up (n, hidden_dim)   out (n, dim)
+#   act, act_f32: activations as the next matmul reads them (drawn in matmul.py)
+#   parts (spans, n_heads, PART): partial attention of a single token whose context is split over threads
+#   logits (n, 16 head.groups)
+B = words(
+    "team counters threads n start dim hidden_dim n_layers n_heads n_kv_heads eps terms tile tile_f32 max_k "
+    "ids x act act_f32 qkv parts gate up out logits scratch scratch_bytes "
+    "pages layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head"
+)
+
+# One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, and its activations.
+W = words("matmul panel groups blocks step is_float")
+
+# One layer: two norms (addresses of f32 (dim,)), then seven matrices of W.size words.
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+L = words("attn_norm ffn_norm " + " ".join(f"{m}_{i}" for m in MATRICES for i in range(W.size)))
+LAYER = constants(**{m: getattr(L, f"{m}_0") for m in MATRICES}, attn_norm=L.attn_norm, ffn_norm=L.ffn_norm, bytes=8 * L.size)
+
+# The team. Words that are spun on or added to stand on cache lines of their own.
+LINE = 64
+PHASES = 12  # claim counters of one layer, each on its line
+T = constants(
+    generation=0 * LINE,  # jobs posted so far; workers wait for it to change
+    arrived=1 * LINE,  # threads at the barrier
+    epoch=2 * LINE,  # barriers passed
+    stop=3 * LINE,  # set by the last to arrive when `cancel` was seen: all threads leave at the same barrier
+    cancel=4 * LINE,  # set from Python at any time
+    threads=5 * LINE,
+    job=5 * LINE + 8,  # address of f(block, tid)
+    argument=5 * LINE + 16,
+    give_way=5 * LINE + 24,  # address of sched_yield
+    asleep=6 * LINE,  # one line a thread
+)
+MAX_THREADS = 256
+TEAM_BYTES = T.asleep + MAX_THREADS * LINE
+
+HEAD_DIM = 64
+PAGE = 64  # positions of a KV page
+SPAN = 512  # positions whose softmax is computed together; spans merge in order
+ROW_TILE = 6  # attention rows computed together
+PART = 16 + HEAD_DIM  # floats of a partial result: m, l, 14 unused, o[64]
+
+
+def f32_bits(value: float) -> int:
+    """The bits of a float32 as an int."""
+    return int(np.float32(value).view(np.int32))
+
+
+# A thread's scratch: attention's q, scores, partials and a copy of one head; then one row of max_k floats; then an unpacked row group.
+ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + SPAN + 2 * PART) + HEAD_DIM)
+
+
+def scratch_bytes(max_k: int) -> int:
+    """Bytes of scratch a thread needs for matrices of up to max_k columns; a multiple of a cache line."""
+    return -(-(ATTENTION_SCRATCH + 4 * max_k + 64 * max_k) // LINE) * LINE

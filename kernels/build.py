@@ -1,0 +1,63 @@
+"""The compiling child: `python -m smolrun.kernels.build TIER NAME ...` writes each object to stdout as it is done.
+
+A process per tier, because LLVM's target is fixed at Numba's first compile; a child, because then the run-time never imports Numba
+(0.5 s and 90 MB) and a forced or foreign tier is the same road as the host's. Frames on stdout: one JSON line, then the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from .target import TIERS
+
+NAMES = "forward_f16 forward_f32 classify team_post worker_loop matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT"
+
+
+def _function(name: str):  # type: ignore[no-untyped-def]
+    """(function, signature) of an entry point."""
+    from . import forward, matmul, team
+    from .simd import i64
+
+    kind, _, rest = name.partition("_")
+    if kind == "forward":
+        return forward.make_forward(rest.upper()), forward.PASS
+    if name == "classify":
+        return forward.classify, forward.PASS
+    if kind == "matmul":
+        fmt, _, mode = rest.rpartition("_")
+        return matmul.make_matmul(fmt, {"int8": 1, "int8x2": 2, "f32": 0}[mode]), matmul.MATMUL
+    if kind == "row":
+        return matmul.make_row(rest), matmul.ROW
+    if name in ("team_post", "worker_loop"):
+        return getattr(team, name), i64(i64, i64, i64)
+    raise ValueError(f"no kernel {name!r}; there are {NAMES}")
+
+
+def main(tier: str, names: list[str], emit: str = "object") -> None:
+    """Compile entry points for a tier.
+
+    emit: "object" for relocatable code, "assembly" for its text.
+    """
+    target = TIERS[tier]
+    os.environ.update(SMOLRUN_BUILD_TIER=tier, NUMBA_CPU_NAME=target.cpu, NUMBA_CPU_FEATURES=target.features)
+    os.environ.update(NUMBA_DISABLE_JIT="0", NUMBA_OPT="3", NUMBA_DEBUGINFO="0")
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing but frames goes to stdout
+    from .jit import compile_c
+
+    for name in names:
+        began = time.perf_counter()
+        code = compile_c(name, *_function(name), emit)
+        frame = {"name": name, "bytes": len(code), "seconds": round(time.perf_counter() - began, 3)}
+        out.write(json.dumps(frame).encode() + b"\n" + code)
+        out.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--assembly":
+        main(sys.argv[2], sys.argv[3:], "assembly")
+    else:
+        main(sys.argv[1], sys.argv[2:])

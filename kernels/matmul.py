@@ -1,0 +1,435 @@
+"""y = x W^T for every weight format: one tile generator, parameters format x activation mode x instruction set.
+
+Letters: w panel of weights (panels.py), x activations, y f32 (tokens, y_stride); nb blocks of 32 along k; T tokens of a tile.
+
+Activations are laid out tile by tile, so that a tile reads one stream. For int8 a token's block is a record of 64 bytes:
+
+    byte 0      32       36          40         44         48          52         56         60
+         32xi8  f32 d    f32 d*sum   -8*sum     -16*sum    -128*sum    -32*lo     -32*hi     unused      sums are i32
+    x = d * q; sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the integer dot product exactly.
+    tile of S tokens: [block][token][term], S = T but for the last tile; the second term holds q2 of x = d (q + q2 / 254)
+
+    f32 mode: tile of S tokens: [k][token] f32
+
+Order of every sum, the same for any T, thread and CPU: integers inside a block (exact), then one fma per scale group, k upwards.
+T tokens share the load and the unpacking of a quad: weights live in registers, activations are broadcast from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .jit import TIER, kernel
+from .panels import BLOCK, PANELS, ROWS, Panel
+from .simd import (
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    V16F32,
+    V16I32,
+    at,
+    broadcast_f32,
+    const,
+    declare,
+    emit_fma,
+    emit_half_to_f32,
+    emit_load_as_f32,
+    get_f32,
+    load,
+    put_f32,
+    splat,
+    store,
+    void,
+    word,
+)
+from .target import RECORD_BYTES, token_tile
+
+i64 = types.int64
+
+V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
+D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(32, 60, 4)  # byte offsets in an activation record
+MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
+
+
+# ---- unpacking: panel bytes -> quads and scales ---------------------------------------------------------------------------------
+
+
+class Record:
+    """One block of 16 rows inside IR: where its planes and scales are."""
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value) -> None:
+        self.b, self.panel = b, panel
+        if panel.blocks == 1:
+            record = b.add(w, b.mul(block, ir.Constant(I64, panel.record_bytes)))
+            self.planes, self.within = record, ir.Constant(I64, 0)
+        else:
+            index = b.sdiv(block, ir.Constant(I64, panel.blocks))
+            record = b.add(w, b.mul(index, ir.Constant(I64, panel.record_bytes)))
+            self.within = b.srem(block, ir.Constant(I64, panel.blocks))
+            self.planes = b.add(record, b.mul(self.within, ir.Constant(I64, panel.block_bytes)))
+        self.scales = at(b, record, panel.blocks * panel.block_bytes)
+        self.loaded: dict[int, ir.Value] = {}
+
+    def _vector(self, offset: int) -> ir.Value:
+        if offset not in self.loaded:
+            self.loaded[offset] = load(self.b, at(self.b, self.planes, offset), V64I8)
+        return self.loaded[offset]
+
+    def _field(self, vector: ir.Value, shift: int, bits: int) -> ir.Value:
+        """Bits [shift, shift + bits) of every byte."""
+        b = self.b
+        if shift:
+            wide = b.bitcast(vector, V32I16)  # there is no byte shift: shift pairs, the mask cuts what came from the neighbour
+            vector = b.bitcast(b.lshr(wide, const(V32I16, shift)), V64I8)
+        return b.and_(vector, const(V64I8, (1 << bits) - 1))
+
+    def quad(self, j: int) -> ir.Value:
+        """u of quad j (64 x i8): rows x 4 k. 8-bit planes come as they are, signed."""
+        b, offset, low_bits, value = self.b, 0, 0, None
+        for bits in self.panel.planes:
+            vectors = bits  # a plane of n bits is n vectors
+            vector = self._vector(offset + 64 * (j % vectors))
+            part = vector if bits == 8 else self._field(vector, bits * (j // vectors), bits)
+            if low_bits:
+                part = b.bitcast(b.shl(b.bitcast(part, V32I16), const(V32I16, low_bits)), V64I8)
+            value = part if value is None else b.or_(value, part)
+            offset, low_bits = offset + 64 * vectors, low_bits + bits
+        return value
+
+    def scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
+        """(S, M) of scale group 0 or 1 of the block, f32x16 each; M is None without minimum."""
+        b, panel = self.b, self.panel
+        halves = ir.VectorType(I16, LANES)
+        if panel.scales == "d":
+            return emit_half_to_f32(b, load(b, self.scales, halves)), None
+        if panel.scales == "dm":
+            d, m = (emit_half_to_f32(b, load(b, at(b, self.scales, o), halves)) for o in (0, 2 * ROWS))
+            return d, m
+        per_block = BLOCK // panel.group
+        subs = panel.blocks * per_block
+        index = b.add(b.mul(self.within, ir.Constant(I64, per_block)), ir.Constant(I64, group))
+        sub = load(b, b.add(self.scales, b.mul(index, ir.Constant(I64, ROWS))), ir.VectorType(I8, LANES))
+        d = emit_half_to_f32(b, load(b, at(b, self.scales, subs * ROWS), halves))
+        return b.fmul(d, b.sitofp(sub, V16F32)), None
+
+
+# ---- integer dot products of quads ----------------------------------------------------------------------------------------------
+
+
+def _pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
+    """A vector cut into equal parts."""
+    lanes = value.type.count // count
+    index = [ir.Constant(ir.VectorType(I32, lanes), list(range(i * lanes, (i + 1) * lanes))) for i in range(count)]
+    return [b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), i) for i in index] if count > 1 else [value]
+
+
+def _join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    if len(parts) == 1:
+        return parts[0]
+    low, high = parts
+    lanes = low.type.count * 2
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, lanes), list(range(lanes))))
+
+
+def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Value) -> ir.Value:
+    """An x86 intrinsic on the whole 64-byte value, register by register; `name` has {bits} where the width goes."""
+    count = 16 // TIER.row_lanes
+    cut = [_pieces(b, a, count) for a in args]
+    part = ir.VectorType(result.element, result.count // count)
+    function = declare(b, name.format(bits=512 // count), part, [c[0].type for c in cut])
+    return _join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
+
+
+class Dots:
+    """Sums of quad products of one scale group for some tokens; subclasses are instruction sets.
+
+    `add(w, x)` takes the quad of weights and the address of each token's 4 activations; `total(i)` the i32x16 sum.
+    """
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
+        self.b, self.bits = b, sum(panel.planes)
+        self.sums = list(starts)
+
+    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
+        raise NotImplementedError
+
+    def total(self, i: int) -> ir.Value:
+        return self.sums[i]
+
+    def _x(self, address: ir.Value) -> ir.Value:
+        return splat(self.b, load(self.b, address, I32))
+
+
+class VnniDots(Dots):
+    """vpdpbusd: unsigned weights x signed activations, four products into i32; 8-bit weights get 128 added."""
+
+    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        if self.bits == 8:
+            w = b.xor(w, const(V64I8, 0x80))
+        for i, address in enumerate(x):
+            quad = b.bitcast(self._x(address), V64I8)
+            self.sums[i] = _by_register(b, "llvm.x86.avx512.vpdpbusd.{bits}", V16I32, self.sums[i], w, quad)
+
+
+class MaddubsDots(Dots):
+    """vpmaddubsw: products of two neighbours into i16, which holds 32767 / (2 x 127 u) of them before vpmaddwd widens.
+
+    8-bit weights are signed: |w| and sign(x, w), since 128-offset weights would saturate the i16.
+    """
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
+        super().__init__(b, panel, starts)
+        self.room = 32767 // (2 * 127 * (128 if self.bits == 8 else (1 << self.bits) - 1))
+        self.held, self.pairs = 0, [None] * len(starts)
+
+    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        wide = TIER.row_lanes == 16
+        name = "llvm.x86.avx512.pmaddubs.w.512" if wide else "llvm.x86.avx2.pmadd.ub.sw"
+        if self.held == self.room:
+            self._widen()
+        zero = const(V64I8, 0)
+        negative = b.icmp_signed("<", w, zero) if self.bits == 8 else None
+        magnitude = b.select(negative, b.sub(zero, w), w) if negative is not None else w
+        for i, address in enumerate(x):
+            quad = b.bitcast(self._x(address), V64I8)
+            if negative is not None:
+                quad = b.select(negative, b.sub(zero, quad), quad)
+            pairs = _by_register(b, name, V32I16, magnitude, quad)
+            self.pairs[i] = pairs if self.pairs[i] is None else b.add(self.pairs[i], pairs)
+        self.held += 1
+
+    def _widen(self) -> None:
+        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
+        for i, pairs in enumerate(self.pairs):
+            four = _by_register(self.b, name, V16I32, pairs, const(V32I16, 1))
+            self.sums[i] = self.b.add(self.sums[i], four)
+        self.held, self.pairs = 0, [None] * len(self.sums)
+
+    def total(self, i: int) -> ir.Value:
+        if self.held:
+            self._widen()
+        return self.sums[i]
+
+
+class PlainDots(Dots):
+    """No special instruction: even and odd bytes as i16 products (they fit: 255 x 127), widened and added."""
+
+    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        shift = b.ashr if self.bits == 8 else b.lshr
+        eight, sixteen = const(V32I16, 8), const(V16I32, 16)
+
+        def even_odd(value: ir.Value, down: Callable[..., ir.Value]) -> tuple[ir.Value, ir.Value]:
+            wide = b.bitcast(value, V32I16)
+            return down(b.shl(wide, eight), eight), down(wide, eight)
+
+        parts = even_odd(w, shift)
+        for i, address in enumerate(x):
+            for mine, theirs in zip(parts, even_odd(self._x(address), b.ashr), strict=True):
+                product = b.bitcast(b.mul(mine, theirs), V16I32)
+                both = b.add(b.ashr(b.shl(product, sixteen), sixteen), b.ashr(product, sixteen))
+                self.sums[i] = b.add(self.sums[i], both)
+
+
+DOTS: dict[str, type[Dots]] = {"vnni512": VnniDots, "vnni256": VnniDots, "maddubs": MaddubsDots, "plain": PlainDots}
+
+
+# ---- tiles ----------------------------------------------------------------------------------------------------------------------
+
+
+def _zero_point(panel: Panel, group: int) -> int | None:
+    """Offset of the i32 in an activation record that takes the zero point out; None where there is none."""
+    if sum(panel.planes) == 8 and not TIER.dot.startswith("vnni"):
+        return None  # these read 8-bit weights signed
+    if panel.group == 16:
+        return {32: (LOW32, HIGH32)[group]}[panel.zero]
+    return {0: None, 8: SUM8, 16: SUM16, 128: SUM128}[panel.zero]
+
+
+def _int8_block(b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, block: ir.Value, x: list[ir.Value], acc: list[ir.Value]) -> None:
+    """acc[t] += block's dot product with token t; x[t] is the address of the token's record."""
+    record = Record(b, panel, w, block)
+    addresses = [at(b, token, 64 * term) for token in x for term in range(terms)]
+    quads = panel.group // 4
+    for group in range(BLOCK // panel.group):
+        offset = _zero_point(panel, group)
+        zero = const(V16I32, 0)
+        starts = [zero if offset is None else splat(b, load(b, at(b, a, offset), I32)) for a in addresses]
+        dots = DOTS[TIER.dot](b, panel, starts)
+        for j in range(group * quads, (group + 1) * quads):
+            dots.add(record.quad(j), [at(b, a, 4 * j) for a in addresses])
+        scale, minimum = record.scale(group)
+        for t, token in enumerate(x):
+            value = b.sitofp(dots.total(t * terms), V16F32)
+            if terms == 2:
+                second = b.sitofp(dots.total(t * terms + 1), V16F32)
+                value = emit_fma(b, second, const(V16F32, 1 / 254), value)
+            total = b.load(acc[t])
+            total = emit_fma(b, value, b.fmul(scale, broadcast_f32(b, at(b, token, D))), total)
+            if minimum is not None:
+                total = emit_fma(b, minimum, broadcast_f32(b, at(b, token, DSUM)), total)
+            b.store(total, acc[t])
+
+
+def _float_block(b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value, x: list[list[ir.Value]], acc: list[list[ir.Value]]) -> None:
+    """acc[r][t] += 32 k; x[kk][t] addresses of activations, w of the row groups r."""
+    size = panel.record_bytes // BLOCK
+    for kk in range(BLOCK):
+        for r, group in enumerate(w):
+            start = b.add(group, b.mul(block, ir.Constant(I64, panel.record_bytes)))
+            weights = emit_load_as_f32(b, at(b, start, size * kk), panel.name)
+            for t, address in enumerate(x[kk]):
+                b.store(emit_fma(b, weights, broadcast_f32(b, address), b.load(acc[r][t])), acc[r][t])
+
+
+def make_tile(panel: Panel, terms: int, tokens: int, groups: int = 1) -> Any:
+    """Intrinsic tile(w, nb, x, slots, y, y_stride, add): `tokens` columns times `groups` row groups.
+
+    terms 1, 2: int8 activations; 0: f32 activations, which need a float panel.
+    """
+
+    def emit(b: ir.IRBuilder, w: Any, nb: Any, x: Any, slots: Any, y: Any, y_stride: Any, add: Any) -> None:
+        acc = [[cgutils.alloca_once(b, V16F32) for _ in range(tokens)] for _ in range(groups)]
+        for row in acc:
+            for a in row:
+                b.store(const(V16F32, 0.0), a)
+        group_bytes = b.mul(nb, ir.Constant(I64, panel.record_bytes // panel.blocks))
+        starts = [b.add(w, b.mul(group_bytes, ir.Constant(I64, r))) for r in range(groups)]
+        element = RECORD_BYTES * terms or 4
+        with cgutils.for_range(b, nb, intp=I64) as loop:
+            if terms:
+                row_of = b.add(x, b.mul(b.mul(loop.index, slots), ir.Constant(I64, element)))
+                for start, row in zip(starts, acc, strict=True):
+                    _int8_block(b, panel, terms, start, loop.index, [at(b, row_of, element * t) for t in range(tokens)], row)
+            else:
+                step = b.mul(slots, ir.Constant(I64, element))
+                row_of = b.add(x, b.mul(b.mul(loop.index, step), ir.Constant(I64, BLOCK)))
+                rows = [b.add(row_of, b.mul(step, ir.Constant(I64, kk))) for kk in range(BLOCK)]
+                _float_block(b, panel, starts, loop.index, [[at(b, a, 4 * t) for t in range(tokens)] for a in rows], acc)
+        for r, row in enumerate(acc):
+            for t, a in enumerate(row):
+                out = b.add(at(b, y, 4 * ROWS * r), b.mul(y_stride, ir.Constant(I64, 4 * t)))
+                kept = cgutils.alloca_once(b, V16F32)
+                b.store(const(V16F32, 0.0), kept)
+                with b.if_then(b.icmp_signed("!=", add, ir.Constant(I64, 0))):
+                    b.store(load(b, out, V16F32), kept)
+                store(b, out, b.fadd(b.load(a), b.load(kept)))
+
+    return word(void, [i64] * 7, emit)
+
+
+# ---- whole matrices -------------------------------------------------------------------------------------------------------------
+
+
+def make_matmul(name: str, terms: int) -> Callable[..., None]:
+    """matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch): row groups g0..g1 of y (+)= x W^T.
+
+    name: format; terms: 1 int8, 2 int8x2, 0 f32 activations. y_stride in floats. scratch: f32 (32 nb, 16), used by the f32 mode of
+    quantised formats, which is `unpack` and then the f32 tile.
+    """
+    panel = PANELS[name]
+    if terms == 0 and not panel.is_float:
+        return _make_unpacked_matmul(name)
+    group_record = panel.record_bytes // panel.blocks
+    full = token_tile(TIER, terms)
+    wide = 4 if panel.is_float else 1  # row groups at once for one token: a float sum is one chain of fma, four hide its latency
+    tile_full, tile_4, tile_1 = (make_tile(panel, terms, t) for t in (full, 4, 1))
+    tile_wide = make_tile(panel, terms, 1, wide)
+    element = BLOCK * 4 if terms == 0 else RECORD_BYTES * terms  # bytes of a token's block
+
+    def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
+        slot = 4 if terms == 0 else element
+        for t0 in range(0, n, full):
+            slots = min(full, n - t0)
+            tile = x + t0 * nb * element
+            if slots == full:
+                for g in range(g0, g1):
+                    out = y + (t0 * y_stride + g * ROWS) * 4
+                    tile_full(w + g * nb * group_record, nb, tile, slots, out, y_stride, add)
+            else:
+                j = 0
+                while j < slots:
+                    out = y + ((t0 + j) * y_stride + g0 * ROWS) * 4
+                    if slots - j >= 4 and full >= 4:
+                        for g in range(g1 - g0):
+                            tile_4(w + (g0 + g) * nb * group_record, nb, tile + j * slot, slots, out + g * 64, y_stride, add)
+                        j += 4
+                    else:
+                        g = g0
+                        while g + wide <= g1:
+                            tile_wide(w + g * nb * group_record, nb, tile + j * slot, slots, out, y_stride, add)
+                            g += wide
+                            out += 64 * wide
+                        while g < g1:
+                            tile_1(w + g * nb * group_record, nb, tile + j * slot, slots, out, y_stride, add)
+                            g += 1
+                            out += 64
+                        j += 1
+
+    return matmul
+
+
+def make_unpack(name: str) -> Any:
+    """Intrinsic unpack(w, nb, out): one row group as f32 (32 nb, 16), the float panel of the same weights."""
+    panel = PANELS[name]
+
+    def emit(b: ir.IRBuilder, w: Any, nb: Any, out: Any) -> None:
+        with cgutils.for_range(b, nb, intp=I64) as loop:
+            base = b.add(out, b.mul(loop.index, ir.Constant(I64, BLOCK * ROWS * 4)))
+            if panel.is_float:
+                start = b.add(w, b.mul(loop.index, ir.Constant(I64, panel.record_bytes)))
+                for kk in range(BLOCK):
+                    value = emit_load_as_f32(b, at(b, start, panel.record_bytes // BLOCK * kk), panel.name)
+                    store(b, at(b, base, kk * ROWS * 4), value)
+                return
+            record = Record(b, panel, w, loop.index)
+            signed = sum(panel.planes) == 8
+            for j in range(BLOCK // 4):
+                scale, minimum = record.scale(4 * j // panel.group)
+                quads = b.bitcast(record.quad(j), V16I32)
+                for i in range(4):
+                    top = b.shl(quads, const(V16I32, 24 - 8 * i))
+                    u = b.ashr(top, const(V16I32, 24)) if signed else b.lshr(top, const(V16I32, 24))
+                    value = b.sitofp(b.sub(u, const(V16I32, 0 if signed else panel.zero)), V16F32)
+                    value = b.fmul(value, scale)
+                    if minimum is not None:
+                        value = b.fadd(value, minimum)
+                    store(b, at(b, base, (4 * j + i) * ROWS * 4), value)
+
+    return word(void, [i64] * 3, emit)
+
+
+def _make_unpacked_matmul(name: str) -> Callable[..., None]:
+    unpack, group_record = make_unpack(name), PANELS[name].record_bytes // PANELS[name].blocks
+    float_matmul = kernel(make_matmul("F32", 0))
+
+    def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
+        for g in range(g0, g1):
+            unpack(w + g * nb * group_record, nb, scratch)
+            float_matmul(scratch, nb, 0, 1, x, n, y + g * ROWS * 4, y_stride, add, 0)
+
+    return matmul
+
+
+ROW = void(i64, i64, i64, i64, i64)  # w, nb, row, out, scratch
+
+
+def make_row(name: str) -> Callable[..., None]:
+    """row(w, nb, row, out, scratch): one row of the matrix as f32 (32 nb,): an embedding look-up. scratch: f32 (32 nb, 16)."""
+    unpack, group_record = make_unpack(name), PANELS[name].record_bytes // PANELS[name].blocks
+
+    def row(w, nb, row, out, scratch):  # type: ignore[no-untyped-def]
+        unpack(w + (row // ROWS) * nb * group_record, nb, scratch)
+        for k in range(nb * BLOCK):
+            put_f32(out + 4 * k, get_f32(scratch + (k * ROWS + row % ROWS) * 4))
+
+    return row

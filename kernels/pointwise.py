@@ -1,0 +1,114 @@
+"""Row-wise kernels: RMSNorm, SwiGLU, RoPE, and the preparation of activations for a matmul (layouts drawn in matmul.py)."""
+
+from __future__ import annotations
+
+from .block import HEAD_DIM
+from .jit import kernel
+from .matmul import D, DSUM, HIGH32, LOW32, SUM8, SUM16, SUM128
+from .simd import (
+    f32,
+    f32x16,
+    fma,
+    get_f32,
+    i32x16,
+    put_f32,
+    put_i32,
+    sqrt,
+    vabs,
+    vexp,
+    vfma,
+    vhmax,
+    vload,
+    vmax,
+    vrint,
+    vsplat,
+    vstore,
+    vstore_i8,
+    vsum,
+    vsum_i32,
+    vto_f32,
+    vto_i32,
+)
+from .target import RECORD_BYTES
+
+TINY = 1e-30  # blocks whose largest value is below this are zero: their scale would be denormal and its inverse infinite
+
+
+@kernel
+def rmsnorm(x, weight, n, eps, out):  # type: ignore[no-untyped-def]
+    """out[n] = x / sqrt(mean(x^2) + eps) * weight   (arXiv 1910.07467)."""
+    total = vsplat(f32(0.0))
+    for i in range(0, n, 16):
+        v = vload(x + 4 * i)
+        total = vfma(v, v, total)
+    scale = vsplat(f32(1.0) / sqrt(vsum(total) / f32(n) + eps))
+    for i in range(0, n, 16):
+        vstore(out + 4 * i, vload(x + 4 * i) * scale * vload(weight + 4 * i))
+
+
+@kernel
+def swiglu(gate, up, n):  # type: ignore[no-untyped-def]
+    """gate[n] = gate / (1 + exp(-gate)) * up   (arXiv 2002.05202)."""
+    one, zero = vsplat(f32(1.0)), vsplat(f32(0.0))
+    for i in range(0, n, 16):
+        g = vload(gate + 4 * i)
+        vstore(gate + 4 * i, g / (one + vexp(zero - g)) * vload(up + 4 * i))
+
+
+@kernel
+def rope(x, table, scale, out):  # type: ignore[no-untyped-def]
+    """Rotate one head, pairs (i, i + 32) (arXiv 2104.09864, half-split as in the safetensors checkpoints), times scale.
+
+    table: f32 (2, 32), cosines then sines of the position's angles.
+    """
+    s = vsplat(scale)
+    zero = vsplat(f32(0.0))
+    for i in range(0, HEAD_DIM // 2, 16):
+        low, high = vload(x + 4 * i), vload(x + 4 * (i + HEAD_DIM // 2))
+        cos, sin = vload(table + 4 * i), vload(table + 4 * (i + HEAD_DIM // 2))
+        vstore(out + 4 * i, vfma(low, cos, zero - high * sin) * s)
+        vstore(out + 4 * (i + HEAD_DIM // 2), vfma(high, cos, low * sin) * s)
+
+
+@kernel
+def _record(q0, q1, d, dsum, out):  # type: ignore[no-untyped-def]
+    """Write 32 integers, their scale and their sums as one activation record."""
+    low, high = vsum_i32(q0), vsum_i32(q1)
+    vstore_i8(out, q0)
+    vstore_i8(out + 16, q1)
+    put_f32(out + D, d)
+    put_f32(out + DSUM, dsum)
+    put_i32(out + SUM8, (low + high) * -8)
+    put_i32(out + SUM16, (low + high) * -16)
+    put_i32(out + SUM128, (low + high) * -128)
+    put_i32(out + LOW32, low * -32)
+    put_i32(out + HIGH32, high * -32)
+
+
+@kernel
+def quantise(x, n, terms, out, stride):  # type: ignore[no-untyped-def]
+    """x[n] -> int8 records, `stride` bytes from block to block: x ~ d (q1 + q2 / 254) with d = max|x| / 127 over 32 values."""
+    for b in range(n // 32):
+        x0, x1 = vload(x + 128 * b), vload(x + 128 * b + 64)
+        top = vhmax(vmax(vabs(x0), vabs(x1)))
+        d, inverse = f32(0.0), f32(0.0)
+        if top > f32(TINY):
+            d, inverse = top / f32(127.0), f32(127.0) / top
+        r0, r1 = vrint(x0 * vsplat(inverse)), vrint(x1 * vsplat(inverse))
+        q0, q1 = vto_i32(r0), vto_i32(r1)
+        total = f32(vsum_i32(q0) + vsum_i32(q1))
+        at = out + b * stride
+        if terms == 2:
+            k = vsplat(f32(254.0))
+            s0 = vto_i32(vrint((vfma(x0, vsplat(inverse), vsplat(f32(0.0)) - r0)) * k))
+            s1 = vto_i32(vrint((vfma(x1, vsplat(inverse), vsplat(f32(0.0)) - r1)) * k))
+            total = fma(f32(vsum_i32(s0) + vsum_i32(s1)), f32(1 / 254), total)
+            _record(s0, s1, d, f32(0.0), at + RECORD_BYTES)
+        _record(q0, q1, d, d * total, at)
+
+
+@kernel
+def interleave(x, n, out, stride):  # type: ignore[no-untyped-def]
+    """x[n] -> f32 activations, `stride` bytes from k to k."""
+    for k in range(n):
+        put_f32(out + k * stride, get_f32(x + 4 * k))

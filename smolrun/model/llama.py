@@ -1,0 +1,214 @@
+"""The model: ids and a cache slot in, hidden states and logits out. It fills the argument block and runs the team."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolrun.config import ModelConfig
+from smolrun.errors import KernelError, ModelClosed, OptionError
+from smolrun.files.checkpoint import Checkpoint
+from smolrun.kernels import load as kernels
+from smolrun.kernels.block import LINE, PAGE, PHASES, B, f32_bits
+from smolrun.kernels.panels import PANELS, ROWS
+from smolrun.kernels.target import choose, token_tile
+from smolrun.model import memory, rope
+from smolrun.model.cache import KVCache, Slot
+from smolrun.model.weights import Weights, plan
+from smolrun.model.workers import Team, available_cores
+
+Floats = NDArray[np.float32]
+MODES = {"fast": ("int8", 1), "exact": ("int8x2", 2), "f32": ("f32", 0)}  # precision -> activation mode, int8 terms
+LOGIT_ROWS = 28  # rows of one classifier pass; bounds its buffer, 200 KB a row
+ROPE_STEP = 512
+
+
+class Cancelled(Exception):
+    """A pass ended early because `cancel` was called; nothing of its chunk is kept."""
+
+
+class Llama:
+    """A loaded model. Calls that run passes must not overlap; `cancel` may come from any thread.
+
+    Attributes:
+        config: the model's shape.
+        context: positions a sequence may have.
+        chunk: ids that one call of `hidden` takes at most.
+        tier: the kernels in use.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        quantize: str | None = None,
+        kv: str = "f16",
+        precision: str = "fast",
+        chunk: int = memory.CHUNK,
+        progress: Callable[[str, int, int], object] | None = None,
+    ) -> None:
+        if precision not in MODES:
+            raise OptionError(f"precision={precision!r}: expected one of {', '.join(MODES)}")
+        if kv not in memory.KV_SIZE:
+            raise OptionError(f"kv={kv!r}: expected one of {', '.join(memory.KV_SIZE)}")
+        c = checkpoint.config
+        self.config: ModelConfig = c
+        self.context = self._context(context)
+        self.threads = available_cores() if threads is None else threads
+        if not 1 <= self.threads <= 256:
+            raise OptionError(f"threads={threads}: expected 1..256")
+        self.chunk, self.precision, self.kv = chunk, precision, kv
+        mode, terms = MODES[precision]
+        matrices = plan(checkpoint, quantize)
+        formats = {name: m.format for name, m in matrices.items()}
+
+        def is_float(fmt: str) -> bool:
+            return PANELS[fmt].is_float or terms == 0
+
+        def matmul(fmt: str) -> str:
+            return f"matmul_{fmt}_{'f32' if is_float(fmt) else mode}"
+
+        names = [f"forward_{kv}", "classify", "team_post", "worker_loop", f"row_{formats['token_embd.weight']}"]
+        names += sorted({matmul(f) for f in formats.values()})
+        try:
+            self.tier = choose()
+            code = kernels.addresses(
+                self.tier, names, (lambda done, all_, name: progress("compile", done, all_)) if progress else None
+            )
+        except (kernels.BuildError, RuntimeError) as error:
+            raise KernelError(f"{error} (see `smolrun warmup -v`)") from error
+        self.weights = Weights(
+            c, checkpoint, matrices, lambda f: code[matmul(f)], is_float, self.threads,
+            (lambda done, all_: progress("load", done, all_)) if progress else None,
+        )  # fmt: skip
+        self.formats = sorted(set(formats.values()))
+        self.cache = KVCache(memory.page_bytes(c, kv), self.context)
+        self._theta = c.rope_theta
+        self._rope_filled = 0
+        sizes = memory.buffer_sizes(c, chunk=chunk, terms=terms, threads=self.threads, context=self.context)
+        sizes["counters"] = LINE * (2 + c.n_layers * PHASES)
+        sizes["rope"] = 4 * 64 * self.context
+        sizes["logits"] = 4 * LOGIT_ROWS * ROWS * int(self.weights.head[2])
+        self._arena = memory.Arena(sizes)
+        code["forward"] = code[f"forward_{kv}"]
+        self._team: Team | None = Team(code, self.threads)
+        self.block = self._fill(code, terms, sizes)
+
+    load = classmethod(lambda cls, checkpoint, **options: cls(checkpoint, **options))
+
+    def _context(self, wanted: int | None) -> int:
+        limit = self.config.max_positions
+        if wanted is None:
+            return limit
+        if not 1 <= wanted <= limit:
+            raise OptionError(f"context={wanted}: expected 1..{limit:,}, the positions this model was trained for")
+        return wanted
+
+    def _fill(self, code: dict[str, int], terms: int, sizes: dict[str, int]) -> NDArray[np.int64]:
+        c, size = self.config, memory.KV_SIZE[self.kv]
+        head_bytes = 2 * PAGE * c.head_dim * size
+        embed = "row_" + next(n for n in code if n.startswith("row_")).removeprefix("row_")
+        values: dict[str, int] = {
+            "threads": self.threads, "dim": c.dim, "hidden_dim": c.hidden_dim, "n_layers": c.n_layers, "n_heads": c.n_heads,
+            "n_kv_heads": c.n_kv_heads, "eps": f32_bits(c.norm_eps), "terms": terms, "tile": token_tile(self.tier, terms),
+            "tile_f32": token_tile(self.tier, 0), "max_k": max(c.dim, c.hidden_dim, c.q_dim),
+            "scratch_bytes": sizes["scratch"] // self.threads, "head_bytes": head_bytes, "layer_bytes": c.n_kv_heads * head_bytes,
+            "value_offset": PAGE * c.head_dim * size, "layers": self.weights.layers.ctypes.data,
+            "final_norm": self.weights.final_norm, "embed_row": code[embed], "embed": self.weights.embed.ctypes.data,
+            "head": self.weights.head.ctypes.data,
+        }  # fmt: skip
+        values |= {name: self._arena.address(name) for name in sizes}
+        block: NDArray[np.int64] = np.zeros(B.size, np.int64)
+        for name, value in values.items():
+            block[getattr(B, name) // 8] = value
+        return block
+
+    def _array(self, name: str) -> Floats:
+        return self._arena.arrays[name].view(np.float32)
+
+    def _run(self, job: str, **words: int) -> bool:
+        if self._team is None:
+            raise ModelClosed("the model is closed: load it again")
+        self.block[B.team // 8] = self._team.address
+        for name, value in words.items():
+            self.block[getattr(B, name) // 8] = value
+        self._arena.arrays["counters"].fill(0)
+        return self._team.run(job, self.block.ctypes.data)
+
+    def open(self, ids: Sequence[int]) -> Slot:
+        """A cache slot for a prompt; `.length` of its ids, at most all but the last, need not be computed again."""
+        if self._team is None:
+            raise ModelClosed("the model is closed: load it again")
+        self._team.cancel(False)
+        return self.cache.open(ids)
+
+    def hidden(self, slot: Slot, ids: Sequence[int], *, cancel: Any = None) -> Floats:
+        """Append ids to a slot.
+
+        Args:
+            slot: from `open`.
+            ids: 1..chunk token ids.
+            cancel: unused here; the engine's poll calls `cancel()`.
+
+        Returns:
+            float32 (len(ids), dim), after the final norm.
+
+        Raises:
+            Cancelled: `cancel()` was called; the slot is as before.
+            ContextOverflow: the context is too small.
+            OptionError: an id outside the vocabulary, or a wrong number of them.
+        """
+        n, start = len(ids), slot.length
+        if not 1 <= n <= self.chunk:
+            raise OptionError(f"{n} ids in one call: expected 1..{self.chunk}")
+        array = np.asarray(ids, np.int64)
+        if array.min() < 0 or array.max() >= self.config.vocab_size:
+            raise OptionError(f"id {array.min() if array.min() < 0 else array.max()}: expected 0..{self.config.vocab_size - 1}")
+        self.cache.reserve(slot, start + n)
+        self._extend_rope(start + n)
+        self._arena.arrays["ids"].view(np.int64)[:n] = array
+        if not self._run("forward", n=n, start=start, pages=slot.table.ctypes.data):
+            if self._team is not None:
+                self._team.cancel(False)
+            raise Cancelled
+        slot.ids.extend(array.tolist())
+        return self._array("out")[: n * self.config.dim].reshape(n, -1).copy()
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Next-token logits of hidden states (n, dim): float32 (n, vocab_size)."""
+        c = self.config
+        states = np.ascontiguousarray(hidden, np.float32).reshape(-1, c.dim)
+        out = np.empty((len(states), c.vocab_size), np.float32)
+        width = ROWS * int(self.weights.head[2])
+        for first in range(0, len(states), LOGIT_ROWS):
+            part = states[first : first + LOGIT_ROWS]
+            self._array("out")[: part.size] = part.reshape(-1)
+            if not self._run("classify", n=len(part)):
+                if self._team is not None:
+                    self._team.cancel(False)
+                raise Cancelled
+            out[first : first + len(part)] = self._array("logits")[: len(part) * width].reshape(-1, width)[:, : c.vocab_size]
+        return out
+
+    def _extend_rope(self, n: int) -> None:
+        if n > self._rope_filled:
+            end = min(self.context, -(-n // ROPE_STEP) * ROPE_STEP)
+            rows = self._array("rope").reshape(-1, 2, self.config.head_dim // 2)
+            rows[self._rope_filled : end] = rope.table(self._theta, self._rope_filled, end)
+            self._rope_filled = end
+
+    def cancel(self) -> None:
+        """Make a running pass end within one phase of one layer."""
+        if self._team is not None:
+            self._team.cancel()
+
+    def close(self) -> None:
+        """End the threads; memory goes with the object."""
+        if self._team is not None:
+            self._team.close()
+            self._team = None

@@ -1,0 +1,97 @@
+"""How much memory a model takes: from shapes alone, before anything is loaded."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolrun.config import ModelConfig
+from smolrun.kernels.block import HEAD_DIM, PAGE, PART, SPAN, scratch_bytes
+from smolrun.kernels.panels import BLOCK, PANELS, ROWS
+from smolrun.kernels.target import RECORD_BYTES
+
+KV_SIZE = {"f32": 4, "f16": 2}
+CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by purpose."""
+
+    weights: int
+    kv: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all, without Python and its libraries."""
+        return self.weights + self.kv + self.scratch
+
+
+def panel_bytes(name: str, rows: int, cols: int) -> int:
+    """Bytes of a (rows, cols) matrix of a format as panels."""
+    panel = PANELS[name]
+    return -(-rows // ROWS) * (cols // BLOCK // panel.blocks) * panel.record_bytes
+
+
+def page_bytes(config: ModelConfig, kv: str) -> int:
+    """Bytes of one KV page: 64 positions of every layer and head, K and V."""
+    return config.n_layers * config.n_kv_heads * 2 * PAGE * HEAD_DIM * KV_SIZE[kv]
+
+
+def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, context: int) -> dict[str, int]:
+    """Bytes of each buffer of a forward pass; keys are words of the argument block."""
+    c, f = config, 4
+    widest = max(c.dim, c.hidden_dim, c.q_dim)
+    spans = -(-context // SPAN)
+    return {
+        "ids": 8 * chunk,
+        "x": f * chunk * c.dim,
+        "out": f * chunk * c.dim,
+        "qkv": f * chunk * (c.q_dim + 2 * c.kv_dim),
+        "gate": f * chunk * c.hidden_dim,
+        "up": f * chunk * c.hidden_dim,
+        "act": chunk * (widest // BLOCK) * RECORD_BYTES * max(terms, 1),
+        "act_f32": f * chunk * widest,
+        "parts": f * spans * c.n_heads * PART,
+        "scratch": threads * scratch_bytes(widest),
+    }
+
+
+def estimate(config: ModelConfig, tensors: Iterable[tuple[str, int, int]], context: int, kv: str = "f16", threads: int = 1) -> Estimate:
+    """Memory of a loaded model at a full context.
+
+    Args:
+        config: the model.
+        tensors: (format, rows, cols) of every weight matrix.
+        context: positions.
+        kv: format of the KV cache.
+        threads: workers; each has its scratch.
+    """
+    weights = sum(panel_bytes(name, rows, cols) for name, rows, cols in tensors)
+    scratch = sum(buffer_sizes(config, chunk=CHUNK, terms=2, threads=threads, context=context).values())
+    return Estimate(weights, -(-context // PAGE) * page_bytes(config, kv), scratch)
+
+
+class Arena:
+    """Zeroed memory for several arrays, page by page only when touched, on huge pages where the system has them."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        rounded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+        self._memory = mmap.mmap(-1, max(sum(rounded.values()), 64))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(self._memory, np.uint8)
+        self.arrays: dict[str, NDArray[np.uint8]] = {}
+        first = 0
+        for name, size in rounded.items():
+            self.arrays[name] = whole[first : first + sizes[name]]
+            first += size
+
+    def address(self, name: str) -> int:
+        """Address of an array, a multiple of 64."""
+        return int(self.arrays[name].ctypes.data)

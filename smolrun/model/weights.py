@@ -1,0 +1,146 @@
+"""Weights: every matrix of a checkpoint as panels in one arena, and the table of them that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolrun.config import ModelConfig
+from smolrun.errors import OptionError, UnsupportedModel
+from smolrun.files.checkpoint import Checkpoint, Tensor
+from smolrun.kernels.block import HEAD_DIM, LAYER, MATRICES, L, W
+from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
+from smolrun.kernels.panels import BLOCK, PANELS, ROWS, pack
+from smolrun.model.memory import Arena, panel_bytes
+
+QUANTIZE = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q8_0": "Q8_0", "f16": "F16", "bf16": "BF16", "f32": "F32"}
+CLAIM_BYTES = 128 << 10  # panels of one claim: they stay in the L2 cache while all tokens pass over them
+STEP_ROWS = 1024  # rows converted at once
+
+_TENSOR = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix as it will be in memory: (rows, cols) in `format`, from a tensor of maybe another format."""
+
+    tensor: Tensor
+    format: str
+
+    @property
+    def rows(self) -> int:
+        """Rows, without padding."""
+        return self.tensor.shape[0]
+
+    @property
+    def cols(self) -> int:
+        """Columns."""
+        return self.tensor.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the panels."""
+        return panel_bytes(self.format, self.rows, self.cols)
+
+    def panels(self) -> NDArray[np.uint8]:
+        """The matrix packed, rows of q and k in half-split rotary order."""
+        t = self.tensor
+        raw = t.raw.reshape(self.rows, -1)
+        if t.permuted:  # GGUF pairs neighbours (2i, 2i + 1); ours pairs (i, i + 32)
+            raw = raw.reshape(-1, HEAD_DIM // 2, 2, raw.shape[1]).swapaxes(1, 2).reshape(self.rows, -1)
+        if self.format == t.format:
+            return pack(self.format, raw, self.rows)
+        parts = []
+        for first in range(0, self.rows, STEP_ROWS):
+            blocks = np.ascontiguousarray(raw[first : first + STEP_ROWS]).view(FORMATS[t.format].dtype)
+            values = dequantize_ref(FORMATS[t.format], blocks).reshape(len(blocks), -1)
+            parts.append(np.ascontiguousarray(quantize_ref(FORMATS[self.format], values)).view(np.uint8).reshape(len(values), -1))
+        return pack(self.format, np.concatenate(parts), self.rows)
+
+
+def plan(checkpoint: Checkpoint, quantize: str | None) -> dict[str, Matrix]:
+    """Which format every matrix will have in memory; names as in the checkpoint, `output.weight` only if it is its own.
+
+    Raises:
+        OptionError: an unknown `quantize`, or one for weights that are quantised already.
+        UnsupportedModel: a format without panels.
+    """
+    if quantize is not None and quantize.lower() not in QUANTIZE:
+        raise OptionError(f"quantize={quantize!r}: expected one of {', '.join(QUANTIZE)} or None")
+    matrices = {}
+    for name, tensor in checkpoint.tensors.items():
+        if len(tensor.shape) != 2:
+            continue
+        if tensor.format not in PANELS:
+            raise UnsupportedModel(f"{name} is {tensor.format}; this version runs {', '.join(PANELS)} (requantise the file)")
+        wanted = QUANTIZE[quantize.lower()] if quantize else tensor.format
+        if wanted != tensor.format and not PANELS[tensor.format].is_float:
+            raise OptionError(f"quantize={quantize!r}: {name} is {tensor.format} already; quantise from F32, F16 or BF16 weights")
+        matrices[name] = Matrix(tensor, wanted)
+    return matrices
+
+
+class Weights:
+    """Panels of all matrices and the kernels' table of layers.
+
+    Args:
+        config: the model.
+        checkpoint: open; not needed afterwards.
+        matrices: from `plan`.
+        kernel: address of the matmul kernel of a format.
+        mode_is_float: of a format: its activations are f32.
+        threads: claims are cut so that every thread gets several.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        matrices: Mapping[str, Matrix],
+        kernel: Callable[[str], int],
+        mode_is_float: Callable[[str], bool],
+        threads: int,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        norms = [n for n, t in checkpoint.tensors.items() if len(t.shape) == 1]
+        sizes = {name: m.bytes for name, m in matrices.items()} | {n: 4 * config.dim for n in norms}
+        arena = Arena(sizes)
+        self._arena = arena
+        self.bytes = sum(m.bytes for m in matrices.values())
+        done, total = 0, sum(m.tensor.raw.nbytes for m in matrices.values())
+        for name, matrix in matrices.items():
+            arena.arrays[name][:] = matrix.panels().reshape(-1)
+            matrix.tensor.release()
+            done += matrix.tensor.raw.nbytes
+            if progress:
+                progress(done, total)
+        for name in norms:
+            t = checkpoint.tensors[name]
+            values = dequantize_ref(FORMATS[t.format], t.raw.view(FORMATS[t.format].dtype))
+            arena.arrays[name].view(np.float32)[:] = values.reshape(-1)
+
+        def entry(name: str) -> list[int]:
+            m = matrices[name]
+            groups, blocks = -(-m.rows // ROWS), m.cols // BLOCK
+            step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (4 * threads))))
+            values = {"matmul": kernel(m.format), "panel": arena.address(name), "groups": groups, "blocks": blocks}
+            values |= {"step": step, "is_float": int(mode_is_float(m.format))}
+            return [values[field] for field in W._fields[:-1]]
+
+        self.layers: NDArray[np.int64] = np.zeros((config.n_layers, L.size), np.int64)
+        for i, row in enumerate(self.layers):
+            row[LAYER.attn_norm // 8] = arena.address(f"blk.{i}.attn_norm.weight")
+            row[LAYER.ffn_norm // 8] = arena.address(f"blk.{i}.ffn_norm.weight")
+            for m in MATRICES:
+                first = getattr(LAYER, m) // 8
+                row[first : first + W.size] = entry(f"blk.{i}.{_TENSOR[m]}.weight")
+        self.final_norm = arena.address("output_norm.weight")
+        self.embed: NDArray[np.int64] = np.array(entry("token_embd.weight"), np.int64)
+        head = "output.weight" if "output.weight" in matrices else "token_embd.weight"
+        self.head: NDArray[np.int64] = np.array(entry(head), np.int64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arena.arrays)

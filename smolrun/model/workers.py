@@ -1,0 +1,120 @@
+"""The Python side of the team (kernels/team.py draws it): threads that wait for passes, woken and put to sleep."""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+
+import numpy as np
+
+from smolrun.kernels.block import LINE, MAX_THREADS, TEAM_BYTES, T
+from smolrun.kernels.load import c_function
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _give_way() -> int:
+    """Address of the system's function that gives the core to another thread."""
+    if os.name == "nt":
+        return ctypes.cast(ctypes.WinDLL("kernel32").SwitchToThread, ctypes.c_void_p).value or 0  # type: ignore[attr-defined]
+    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+
+
+class _State:
+    """What the workers share; it outlives the Team while one of them still runs."""
+
+    def __init__(self, kernels: Mapping[str, int], threads: int) -> None:
+        self.buffer = np.zeros(TEAM_BYTES + LINE, np.uint8)
+        self.address = -(-self.buffer.ctypes.data // LINE) * LINE
+        first = self.address - self.buffer.ctypes.data
+        self.words = self.buffer[first : first + TEAM_BYTES].view(np.int64)
+        self.words[T.threads // 8] = threads
+        self.words[T.give_way // 8] = _give_way()
+        self.loop = c_function(kernels["worker_loop"], 3, ctypes.c_int64)
+        self.post = c_function(kernels["team_post"], 3, ctypes.c_int64)
+        self.locks = [_thread.allocate_lock() for _ in range(threads)]
+        self.closing = False
+        self.pid = os.getpid()
+        for lock in self.locks:
+            lock.acquire()
+        self.workers = [
+            threading.Thread(target=_work, args=(self, tid), name=f"smolrun-{tid}", daemon=True) for tid in range(1, threads)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    def asleep(self, tid: int) -> int:
+        return (T.asleep + tid * LINE) // 8
+
+
+def _work(state: _State, tid: int) -> None:
+    seen = 0
+    while True:
+        seen = state.loop(state.address, tid, seen)
+        if state.closing:
+            return
+        state.locks[tid].acquire()
+        state.words[state.asleep(tid)] = 0
+        if state.closing:
+            return
+
+
+def _shut(state: _State) -> None:
+    if state.pid != os.getpid():  # the threads stayed in the parent
+        return
+    state.closing = True
+    for tid, worker in enumerate(state.workers, 1):
+        while worker.is_alive():
+            if state.words[state.asleep(tid)] and state.locks[tid].locked():
+                state.locks[tid].release()
+            worker.join(0.001)
+
+
+class Team:
+    """Runs passes on `threads` threads, the caller's among them. Not for concurrent callers."""
+
+    def __init__(self, kernels: Mapping[str, int], threads: int) -> None:
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads must be 1..{MAX_THREADS}, not {threads}")
+        self._kernels, self.threads = dict(kernels), threads
+        self._jobs = {name: c_function(address, 2) for name, address in kernels.items() if name in ("classify", "forward")}
+        self._start()
+
+    def _start(self) -> None:
+        self._state = _State(self._kernels, self.threads)
+        self._finalizer = weakref.finalize(self, _shut, self._state)
+
+    @property
+    def address(self) -> int:
+        """Address of the team's words. A forked child has no workers: there a new team is made first."""
+        if self._state.pid != os.getpid():
+            self._finalizer.detach()
+            self._start()
+        return self._state.address
+
+    def run(self, job: str, block: int) -> bool:
+        """Run "forward" or "classify" on a block; False when it was cancelled."""
+        state = self._state
+        if self.threads > 1 and state.post(state.address, self._kernels[job], block):
+            for tid in range(1, self.threads):
+                if state.words[state.asleep(tid)]:
+                    state.locks[tid].release()
+        self._jobs[job](block, 0)
+        return not state.words[T.cancel // 8]
+
+    def cancel(self, wish: bool = True) -> None:
+        """Make a running pass end at its next barrier; `cancel(False)` takes it back."""
+        self._state.words[T.cancel // 8] = wish
+
+    def close(self) -> None:
+        """End the workers."""
+        self._finalizer()
