@@ -24,6 +24,7 @@ from smolrun.files.mapped import AGAIN, MappedFile
 from smolrun.kernels.formats import FORMATS, dequantize_ref
 
 END_OF_TEXT = "<|endoftext|>"
+VOCABULARY = {"tokenizer.ggml.tokens": str, "tokenizer.ggml.merges": str, "tokenizer.ggml.token_type": int}
 CONTROL = 3  # GGUF token type of specials
 STEP = 1 << 22  # bytes compared at a time
 
@@ -85,7 +86,7 @@ class Checkpoint:
     """An open checkpoint; a context manager.
 
     Attributes:
-        metadata: GGUF's keys; for a folder its JSON files by name.
+        metadata: GGUF's keys but for the vocabulary, which `tokenizer` holds; for a folder its JSON files by name.
         bytes_total: bytes of all tensors in their files.
     """
 
@@ -120,7 +121,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UnsupportedModel: sound, but another architecture, dtype, RoPE, ... than smolrun runs; names the feature.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, never raises
         raise ModelNotFound(f"{path}: no such file or folder")
     if path.is_dir():
         return _open_folder(path)
@@ -177,14 +178,15 @@ def _open_gguf(path: Path) -> Checkpoint:
         for name in shapes:
             info = gguf.tensors[name]
             permuted = name.endswith((".attn_q.weight", ".attn_k.weight"))
-            view = (gguf.file, info.offset, info.nbytes)
-            tensors[name] = _tensor(source, name, info.format.name, info.shape, view, permuted=permuted)
+            shard = Shard(gguf.file, info.format.name, info.shape, info.offset, info.nbytes)
+            tensors[name] = _tensor(f"{source}: tensor {name}", name, shard, permuted=permuted)
         tokenizer = _gguf_tokenizer(metadata, config, source)
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise ModelFileError(f"{source}: tokenizer.chat_template is no string {AGAIN}")
         total = sum(tensor.raw.nbytes for tensor in tensors.values())
-        return Checkpoint(path, config, tensors, tokenizer, template, metadata, total, [gguf.file])
+        small = {key: value for key, value in metadata.items() if key not in VOCABULARY}  # 15 MB can then be let go
+        return Checkpoint(path, config, tensors, tokenizer, template, small, total, [gguf.file])
     except BaseException:
         gguf.close()
         raise
@@ -196,10 +198,10 @@ def _gguf_tokenizer(metadata: Mapping[str, Any], config: ModelConfig, source: st
         if found != plain:
             raise UnsupportedModel(f"{source}: tokenizer.ggml.{key} is {found!r}; only {plain!r} is supported")
     lists: list[list[Any]] = []
-    for key, kind in {"tokens": str, "merges": str, "token_type": int}.items():
-        values = metadata.get(f"tokenizer.ggml.{key}")
+    for key, kind in VOCABULARY.items():
+        values = metadata.get(key)
         if not isinstance(values, list) or not values or type(values[0]) is not kind:  # GGUF arrays hold one type
-            raise ModelFileError(f"{source}: tokenizer.ggml.{key} is missing or no array of {kind.__name__} {AGAIN}")
+            raise ModelFileError(f"{source}: {key} is missing or no array of {kind.__name__} {AGAIN}")
         lists.append(values)
     vocab, merges, types = lists
     if len(types) != len(vocab):
@@ -252,12 +254,7 @@ def _hf_tensors(source: str, config: ModelConfig, shards: dict[str, Shard]) -> d
     names = {name: hf_name(name) for name in shapes}
     expected = {names[name]: shape for name, shape in shapes.items()}
     _check(source, expected, {name: shard.shape for name, shard in shards.items()})
-    tensors = {}
-    for name in shapes:
-        shard = shards[names[name]]
-        view = (shard.file, shard.offset, shard.nbytes)
-        tensors[name] = _tensor(source, name, shard.dtype, shard.shape, view, permuted=False)
-    return tensors
+    return {name: _tensor(f"{source}: tensor {own}", name, shards[own], permuted=False) for name, own in names.items()}
 
 
 def _hf_tokenizer(folder: Folder, documents: Mapping[str, Any], config: ModelConfig) -> TokenizerSource:
@@ -301,7 +298,11 @@ def _hf_template(tokenizer_config: Mapping[str, Any]) -> str | None:
 
 def _licence(folder: Folder) -> str:
     """`license:` of the model card's front matter, if the card is there."""
-    found = re.search(r"^license: *([\w.+-]+) *$", (folder.text("README.md") or "")[:10_000], re.MULTILINE)
+    try:
+        card = folder.text("README.md") or ""
+    except ModelFileError:  # nothing runs differently for a bad card
+        return ""
+    found = re.search(r"^license: *([\w.+-]+) *$", card[:10_000], re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -323,14 +324,11 @@ def _check(source: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[
             raise ModelFileError(f"{source}: tensor {name}: shape {shape} expected, {found[name]} found {AGAIN}")
 
 
-def _tensor(
-    source: str, name: str, format: str, shape: tuple[int, ...], view: tuple[MappedFile, int, int], *, permuted: bool
-) -> Tensor:
-    file, offset, nbytes = view
-    raw = file.view(offset, nbytes)
-    if len(shape) == 1 and not np.isfinite(dequantize_ref(FORMATS[format], raw)).all():
-        raise ModelFileError(f"{source}: tensor {name}: NaN or infinity in it: a damaged file, or a failed training")
-    return Tensor(name, format, shape, raw, permuted, lambda: file.release(offset, nbytes))
+def _tensor(label: str, name: str, shard: Shard, *, permuted: bool) -> Tensor:
+    raw = shard.file.view(shard.offset, shard.nbytes)
+    if len(shard.shape) == 1 and not np.isfinite(dequantize_ref(FORMATS[shard.dtype], raw)).all():
+        raise ModelFileError(f"{label}: NaN or infinity in it: a damaged file, or a failed training")
+    return Tensor(name, shard.dtype, shard.shape, raw, permuted, lambda: shard.file.release(shard.offset, shard.nbytes))
 
 
 def _special_ids(

@@ -6,6 +6,7 @@ Only files that lie in the folder are opened, and of text at most so many bytes.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ MEBI = 1 << 20
 MAX_BYTES = {"tokenizer.json": 64 * MEBI}
 MAX_OTHER = 8 * MEBI
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names are GGUF's
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,200}")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -52,7 +54,7 @@ class Folder:
 
     def find(self, name: str) -> Path | None:
         """The file of that name, or None."""
-        if Path(name).name != name or "\\" in name or "\0" in name:
+        if not PLAIN_NAME.fullmatch(name):
             raise ModelFileError(f"{self.name}: {name[:80]!r} is no plain file name of a file in the folder")
         path = self.path / name
         if not path.exists():
@@ -70,8 +72,11 @@ class Folder:
         if path is None:
             return None
         most = MAX_BYTES.get(name, MAX_OTHER)
-        with open(path, "rb") as file:
-            data = file.read(most + 1)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(most + 1)
+        except OSError as error:
+            raise ModelFileError(f"{name}: cannot be read: {error.strerror or error}") from error
         if len(data) > most:
             raise ModelFileError(f"{name}: more than {most:,} bytes; no sound checkpoint has such a file {AGAIN}")
         try:

@@ -234,7 +234,7 @@ class _Reader:
         metadata = self.metadata(n_kv)
         self.where = "general.alignment"
         alignment = metadata.get("general.alignment", ALIGNMENT)
-        if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        if not sound_alignment(alignment):
             self.fail(f"{alignment!r}, a power of two from 8 to {MAX_ALIGNMENT:,} expected {AGAIN}")
         tensors = self.table(n_tensors, alignment)
         return GGUF(self.file.path, version, alignment, metadata, tensors, self.file)
@@ -295,6 +295,11 @@ class _Reader:
         return format, shape, offset, tensor_nbytes(format, shape)
 
 
+def sound_alignment(value: Any) -> bool:
+    """A power of two, a multiple of 8 as the specification wants, and not so large that padding swells the file."""
+    return type(value) is int and 8 <= value <= MAX_ALIGNMENT and value & (value - 1) == 0
+
+
 def tensor_nbytes(format: Format, shape: Sequence[int]) -> int:
     """Bytes of a tensor's blocks; the last axis is cut into blocks."""
     blocks: int = math.prod(shape) // format.block
@@ -329,7 +334,9 @@ def write_gguf(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensor
         OSError: the folder cannot be written.
     """
     path, tensors = Path(path), list(tensors)
-    alignment = int(metadata.get("general.alignment", ALIGNMENT))
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not sound_alignment(alignment):
+        raise OptionError(f"general.alignment is {alignment!r}, a power of two from 8 to {MAX_ALIGNMENT:,} expected")
     head = bytearray(MAGIC + U32.pack(3) + U64.pack(len(tensors)) + U64.pack(len(metadata)))
     for key, value in metadata.items():
         head += _pack_string(key)
@@ -362,7 +369,10 @@ def write_gguf(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensor
 
 
 def _pack_string(text: str) -> bytes:
-    data = text.encode()
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"{text[:40]!r}: lone surrogates are no text, GGUF holds UTF-8") from None
     return U64.pack(len(data)) + data
 
 

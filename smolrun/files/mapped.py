@@ -42,7 +42,7 @@ class MappedFile:
     def release(self, offset: int, nbytes: int) -> None:
         """Take a range's pages out of our resident memory. They come back from the file when touched again."""
         first = offset - offset % mmap.PAGESIZE
-        if hasattr(self._map, "madvise"):
+        if hasattr(self._map, "madvise") and not self._map.closed:
             self._map.madvise(mmap.MADV_DONTNEED, first, offset + nbytes - first)
 
     def close(self) -> None:
