@@ -1,0 +1,78 @@
+"""smolrun runs SmolLM2 on a CPU.
+
+>>> import smolrun
+>>> with smolrun.load() as llm:                                   # doctest: +SKIP
+...     print(llm.chat([{"role": "user", "content": "What is a smol model?"}]).text)
+
+This is the only public door. Its names are looked up when they are first used: `import smolrun` costs no NumPy and no
+Numba, so `smolrun --help` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from smolrun.errors import (
+    ContextOverflow,
+    KernelError,
+    ModelClosed,
+    ModelFileError,
+    ModelNotFound,
+    OptionError,
+    SmolrunError,
+    TemplateError,
+    TokenizerError,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from smolrun.answer import Chunk, Completion, Timings
+    from smolrun.api import LLM, load
+    from smolrun.generate.sampler import Sampling
+
+    __version__: str
+
+__all__ = [
+    "LLM",
+    "Chunk",
+    "Completion",
+    "ContextOverflow",
+    "KernelError",
+    "ModelClosed",
+    "ModelFileError",
+    "ModelNotFound",
+    "OptionError",
+    "Sampling",
+    "SmolrunError",
+    "TemplateError",
+    "Timings",
+    "TokenizerError",
+    "UnsupportedModel",
+    "__version__",
+    "load",
+]
+
+_LAZY = {
+    "LLM": "smolrun.api",
+    "Chunk": "smolrun.answer",
+    "Completion": "smolrun.answer",
+    "Sampling": "smolrun.generate.sampler",
+    "Timings": "smolrun.answer",
+    "load": "smolrun.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    elif name == "__version__":
+        from importlib.metadata import version  # 10 ms that only `--version` needs
+
+        value = version("smolrun")
+    else:
+        raise AttributeError(f"module 'smolrun' has no attribute {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,501 @@
+"""The door: text in, text out.
+
+    LLM.generate   one Completion       collects
+    LLM.stream     Chunk by Chunk       adds text, stop strings, clocks, the queue of callers
+    generate_ids   ids                  (generate/engine.py)
+
+`LLM.chat` renders its messages and goes the same way. There is no session: a dialogue is rendered anew each turn, and
+the KV cache keeps the longest prefix, so only the new turn is computed.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from smolrun.answer import Answer, Chunk, Completion, Request, Stop, Timings, collect
+from smolrun.config import ModelConfig
+from smolrun.errors import ContextOverflow, ModelClosed, OptionError
+from smolrun.files.checkpoint import open_checkpoint
+from smolrun.files.sources import resolve
+from smolrun.generate.engine import Cancel, FinishReason, Model, Progress, Step, check_ids, check_prompt, logits_from
+from smolrun.generate.sampler import Logits, Sampling
+from smolrun.generate.turns import Turns
+from smolrun.model.llama import Llama
+from smolrun.text.dialogue import AnswerMemory
+from smolrun.text.stops import StopFinder
+from smolrun.text.template import ChatTemplate
+from smolrun.text.tokenizer import Tokenizer
+
+__all__ = ["DEFAULT_MAX_TOKENS", "LLM", "Chunk", "Completion", "Timings", "load"]
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+DEFAULT_MAX_TOKENS = 512
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    quantize: str | None = None,
+    kv: str = "f16",
+    precision: str = "fast",
+    offline: bool = False,
+    progress: Callable[..., object] | None = None,
+) -> "LLM":
+    """Opens a model.
+
+    Args:
+        source: a .gguf file; a folder with config.json, *.safetensors and tokenizer.json; a Hub id
+            (`HuggingFaceTB/SmolLM2-360M-Instruct`, `owner/repo:file.gguf`, both with @revision); an alias (`135m`,
+            `360m`, `1.7b`, `135m-base` ...); None: the default model.
+        context: positions of the KV cache; None: the model's own, bounded by memory.
+        threads: None: one per physical core.
+        quantize: "q4_0" or "q8_0" quantises safetensors weights; None keeps them.
+        kv: "f16" or "f32" cache.
+        precision: "fast" (int8 activations) or "exact" (two int8 terms).
+        offline: never ask the network.
+        progress: told how compiling and loading go.
+
+    Raises:
+        ModelNotFound, ModelFileError, UnsupportedModel, OptionError, KernelError: see `smolrun.errors`.
+    """
+    checkpoint = open_checkpoint(resolve(source, offline=offline))
+    try:
+        tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
+        template = ChatTemplate(checkpoint.chat_template, tokenizer)
+        model = Llama.load(
+            checkpoint,
+            context=context,
+            threads=threads,
+            quantize=quantize,
+            kv=kv,
+            precision=precision,
+            progress=progress,
+        )
+    except BaseException:
+        checkpoint.close()
+        raise
+
+    def release() -> None:
+        model.close()
+        checkpoint.close()
+
+    return LLM(model, tokenizer, template, release=release)
+
+
+class LLM:
+    """A model that answers. Made by `load`; closed by `close` or by the end of a `with`.
+
+    One answer is computed at a time; callers of other threads wait in order. A stream that is not read for a while lets
+    waiting callers in and goes on afterwards, with the same ids.
+
+    >>> with smolrun.load(tiny, context=256) as llm:
+    ...     ids = llm.tokenize("Hello")
+    ...     llm.detokenize(ids)
+    'Hello'
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, template: ChatTemplate, *, release: Callable[[], None] | None = None
+    ) -> None:
+        """Parts made elsewhere; `load` is the ordinary way. `release` frees them, None: model.close."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = template
+        self._turns = Turns()
+        self._memory = AnswerMemory()
+        self._release = weakref.finalize(self, release or model.close)
+        self._release.atexit = False
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shapes and names of the model."""
+        return self._model.config
+
+    @property
+    def context(self) -> int:
+        """Positions that prompt and answer may fill together."""
+        return self._model.context
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text <-> ids."""
+        return self._tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Messages -> ids."""
+        return self._template
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Stop = (),
+        ignore_eos: bool = False,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+    ) -> Completion:
+        """Continues a prompt; arguments and errors as `stream`.
+
+        >>> with smolrun.load(tiny, context=256) as llm:
+        ...     answer = llm.generate("Once upon", max_tokens=5, sampling=Sampling(seed=1), ignore_eos=True)
+        >>> len(answer.ids), answer.finish_reason, answer.seed
+        (5, 'length', 1)
+        """
+        return collect(
+            self.stream(
+                prompt,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop=stop,
+                ignore_eos=ignore_eos,
+                cancel=cancel,
+                progress=progress,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Stop = (),
+        ignore_eos: bool = False,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+    ) -> Generator[Chunk, None, None]:
+        """Continues a prompt piece by piece. Leaving the loop, or closing the generator, ends the work.
+
+        Args:
+            prompt: text (read as plain text: `<|im_end|>` in it is ten letters) or ids.
+            max_tokens: at most so many ids; None: until the context is full.
+            sampling: None: `Sampling()`, the model card's.
+            stop: strings or ids, one or several, that end the answer and are not part of it.
+            ignore_eos: the model's own end tokens do not end the answer.
+            cancel: a threading.Event, say: once set, the answer ends within one token, also inside a long prefill.
+            progress: called with (ids computed, ids to compute) during the prefill.
+
+        Raises:
+            OptionError, TokenizerError, ContextOverflow: at the call.
+            ModelClosed: at the call, or later if the model is closed meanwhile.
+
+        >>> with smolrun.load(tiny, context=256) as llm:
+        ...     chunks = list(llm.stream("Once upon", max_tokens=3, ignore_eos=True))
+        >>> [chunk.finish_reason for chunk in chunks]
+        [None, None, 'length']
+        """
+        request = Request(self._ids(prompt), max_tokens, sampling, stop, ignore_eos, cancel, progress)
+        return self._stream(request)
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        max_tokens: int | None = ...,
+        sampling: Sampling | None = ...,
+        stop: Stop = ...,
+        ignore_eos: bool = ...,
+        cancel: Cancel | None = ...,
+        progress: Progress | None = ...,
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        max_tokens: int | None = ...,
+        sampling: Sampling | None = ...,
+        stop: Stop = ...,
+        ignore_eos: bool = ...,
+        cancel: Cancel | None = ...,
+        progress: Progress | None = ...,
+    ) -> Generator[Chunk, None, None]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool = False,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Stop = (),
+        ignore_eos: bool = False,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+    ) -> Completion | Generator[Chunk, None, None]:
+        """Answers the last of the messages; other arguments and errors as `stream`.
+
+        Args:
+            messages: dicts with "role" and "content". If the last one is the assistant's, its content is the beginning
+                of the answer and is continued; the result is what follows it. An assistant's message may carry the
+                "ids" of its `Completion`; those of this LLM's latest answers are known without.
+            stream: False: a Completion; True: a generator of Chunks.
+
+        Raises:
+            TemplateError: a base model without a chat template, or messages it refuses.
+
+        >>> with smolrun.load(tiny, context=512) as llm:
+        ...     messages = [{"role": "user", "content": "Hi"}]
+        ...     answer = llm.chat(messages, max_tokens=4, ignore_eos=True)
+        ...     messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "And?"}]
+        ...     again = llm.chat(messages, max_tokens=4, ignore_eos=True)
+        >>> again.timings.cached_tokens >= answer.timings.prompt_tokens            # only the new turn was computed
+        True
+        """
+        messages = self._memory.with_ids(messages)
+        begun = messages[-1] if messages and messages[-1].get("role") == "assistant" else None
+        ids, mask = self._template.encode(
+            messages, add_generation_prompt=begun is None, continue_final=begun is not None
+        )
+        request = Request(ids, max_tokens, sampling, stop, ignore_eos, cancel, progress)
+
+        def remember(text: str, sampled: list[int]) -> None:
+            if begun is None:
+                self._memory.remember(messages, text, sampled)
+            else:
+                start = len(mask) - mask[::-1].index(False) if False in mask else 0  # of the begun answer
+                self._memory.remember(messages[:-1], (begun["content"] or "") + text, [*ids[start:], *sampled])
+
+        chunks = self._stream(request, remember)
+        return chunks if stream else collect(chunks)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of plain text; text of special tokens stays text.
+
+        Raises:
+            TokenizerError: lone surrogates.
+        """
+        return self._tokenizer.encode(text)
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens as their text; bytes that are no UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(ids)
+
+    def logits(self, ids: Prompt, rows: int | Sequence[int] | None = None) -> Logits:
+        """The model's logits: row i scores the id that follows ids[: i + 1].
+
+        Args:
+            ids: ids or text.
+            rows: None: all; a number: so many of the last ones; a sequence: these positions (-1 is the last one).
+
+        Returns:
+            float32 (rows or len(ids), vocab_size).
+
+        Raises:
+            OptionError: no ids, ids outside the vocabulary, rows outside the ids.
+            ContextOverflow: more ids than the context holds.
+
+        >>> with smolrun.load(tiny, context=256) as llm:
+        ...     llm.logits([5, 6, 7], rows=1).shape == (1, llm.config.vocab_size)
+        True
+        """
+        ids = self._ids(ids)
+        self._check_room(ids, "input")
+        wanted = _positions(rows, len(ids))
+        out: Logits = np.empty((len(wanted), self.config.vocab_size), dtype=np.float32)
+        if len(wanted):
+            with self._computing():
+                for first, part in logits_from(self._model, ids[: int(wanted.max()) + 1], int(wanted.min())):
+                    here = np.flatnonzero((wanted >= first) & (wanted < first + len(part)))
+                    out[here] = part[wanted[here] - first]
+        return out
+
+    def score(self, context: Prompt, continuations: Sequence[Prompt]) -> list[float]:
+        """Log-probability of each continuation after the context, summed over its ids in float64.
+
+        Texts are encoded jointly, as the model saw them in training: what counts are the ids of context + continuation
+        from the first one on that differs from the context's own. The context is computed once.
+
+        Raises:
+            OptionError: an empty context.
+            ContextOverflow: context and continuation exceed the context.
+
+        >>> with smolrun.load(tiny, context=256) as llm:
+        ...     scores = llm.score("The sky is", [" blue", " green"])
+        >>> len(scores), max(scores) < 0
+        (2, True)
+        """
+        pairs = [self._joint_ids(context, continuation) for continuation in continuations]
+        for ids, _ in pairs:
+            self._check_room(ids, "context with the continuation")
+        scores = []
+        with self._computing():
+            for ids, first in pairs:
+                total = 0.0
+                if first < len(ids):
+                    for at, logits in logits_from(self._model, ids[:-1], first - 1):
+                        following = np.array(ids[at + 1 : at + 1 + len(logits)])
+                        total += float(_log_softmax_at(logits, following).sum())
+                scores.append(total)
+        return scores
+
+    def close(self) -> None:
+        """Frees the model; an answer of another thread ends with ModelClosed. May be called twice."""
+        if self._turns.close(self._model.cancel):
+            self._release()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt, each an int."""
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, (Sequence, np.ndarray)):
+            raise OptionError(f"the prompt is {type(prompt).__name__}, text or a sequence of ids expected")
+        for id in prompt:
+            if isinstance(id, bool) or not isinstance(id, (int, np.integer)):
+                raise OptionError(f"the prompt holds {id!r}, ids expected (whole numbers)")
+        return [int(id) for id in prompt]
+
+    def _check_room(self, ids: Sequence[int], what: str) -> None:
+        """As check_prompt, for calls that need no room for an answer."""
+        check_ids(self._model, ids)
+        if len(ids) > self.context:
+            raise ContextOverflow(len(ids), self.context, what)
+
+    def _joint_ids(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
+        """Ids of context + continuation, and where the continuation's begin."""
+        before = self._ids(context)
+        if not before:
+            raise OptionError("the context has no ids, at least one expected: give the model's <|endoftext|>, say")
+        if not (isinstance(context, str) and isinstance(continuation, str)):
+            return [*before, *self._ids(continuation)], len(before)
+        ids = self._ids(context + continuation)
+        first = next((at for at, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), len(before))
+        if first == 0:
+            raise OptionError("the continuation changes the first id of its context: give a longer context")
+        return ids, min(first, len(ids))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """A turn for work that is no stream."""
+        task = _Task()
+        self._turns.take(task)
+        try:
+            yield
+            if self._turns.closed:  # the work was interrupted, what it gave is not whole
+                raise ModelClosed("the model was closed during the call: load it again")
+        finally:
+            self._leave(task)
+
+    def _leave(self, who: "_Task | Answer") -> None:
+        self._turns.leave(who)
+        if self._turns.closed:
+            self._release()  # `close` found us computing
+
+    def _stream(
+        self, request: "Request", at_end: Callable[[str, list[int]], None] | None = None
+    ) -> Generator[Chunk, None, None]:
+        check_prompt(self._model, request.ids)
+        if self._turns.closed:
+            raise ModelClosed("the model is closed: load it again")
+        eos_ids = () if request.ignore_eos else self._tokenizer.eos_ids
+        return self._chunks(Answer(self._model, request, {*eos_ids, *request.stop_ids}), at_end)
+
+    def _chunks(
+        self, answer: "Answer", at_end: Callable[[str, list[int]], None] | None
+    ) -> Generator[Chunk, None, None]:
+        decoder, stops = self._tokenizer.stream_decoder(), StopFinder(answer.request.stop_strings)
+        said: list[str] = []
+        try:
+            while True:
+                step = self._step(answer)
+                own = step.id if step.finish_reason != "stop" else None
+                text = stops.push(decoder.push(own)) if own is not None else ""
+                reason: FinishReason | None = "stop_string" if stops.found else step.finish_reason
+                if reason is not None:
+                    if not stops.found:
+                        text += stops.push(decoder.flush()) + stops.flush()
+                        reason = "stop_string" if stops.found else reason
+                    self._leave(answer)
+                    said.append(text)
+                    logprob = step.logprob if own is not None else None
+                    seed = answer.sampling.seed
+                    yield Chunk(text, own, logprob, step.top, reason, answer.timings(), seed)
+                    return
+                said.append(text)
+                yield Chunk(text, own, step.logprob, step.top)
+        finally:
+            self._leave(answer)
+            if at_end is not None and answer.ids:
+                at_end("".join(said), answer.ids)
+
+    def _step(self, answer: "Answer") -> Step:
+        """The next step of an answer, in its turn."""
+        cancel = answer.request.cancel
+        start = time.perf_counter()
+        if not self._turns.take(answer, cancel):
+            answer.queue_seconds += time.perf_counter() - start
+            return Step(None, finish_reason="cancelled")
+        answer.queue_seconds += time.perf_counter() - start
+        try:
+            stopped = None if cancel is None else _Stopped(cancel, self._turns)
+            step = answer.step(stopped)
+        finally:
+            self._turns.rest(answer)
+        if self._turns.closed and step.finish_reason in (None, "cancelled"):
+            raise ModelClosed("the model was closed during the answer: load it again")
+        return step
+
+
+class _Task:
+    """Work that holds nothing between its steps."""
+
+    def give_way(self) -> None:
+        pass
+
+
+class _Stopped:
+    """Set when the caller cancels or the model is closed."""
+
+    def __init__(self, cancel: Cancel, turns: Turns) -> None:
+        self._cancel, self._turns = cancel, turns
+
+    def is_set(self) -> bool:
+        return self._turns.closed or self._cancel.is_set()
+
+
+def _positions(rows: int | Sequence[int] | None, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Positions meant by `rows` of LLM.logits."""
+    if rows is None:
+        return np.arange(length)
+    if isinstance(rows, (int, np.integer)):
+        if not 0 <= rows <= length:
+            raise OptionError(f"rows is {rows}, 0 to {length:,} expected, the number of ids")
+        return np.arange(length - int(rows), length)
+    wanted = np.array([int(row) for row in rows], dtype=np.int64)
+    if len(wanted) and not (-length <= wanted.min() and wanted.max() < length):
+        raise OptionError(f"rows go from {wanted.min()} to {wanted.max()}, {-length:,} to {length - 1:,} expected")
+    return np.where(wanted < 0, wanted + length, wanted)
+
+
+def _log_softmax_at(logits: Logits, ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Log-probability of ids[i] in row i.  # (n, vocab_size), (n,) -> (n,)"""
+    out = np.empty(len(ids))
+    for row, id in enumerate(ids):  # row by row: a float64 copy of all rows would be 100 MB for 256 of them
+        below = logits[row].astype(np.float64) - float(logits[row].max())
+        out[row] = below[id] - np.log(np.exp(below).sum())
+    return out
