@@ -1,0 +1,356 @@
+"""How fast: tokens per second, gigabytes per second, seconds to the first token, memory; beside llama.cpp if wanted.
+
+Tests have llama-bench's names and meaning: `pp512` is one prompt of 512 ids from an empty cache, `tg128` is 128 ids one
+by one, and `@ d4096` puts 4,096 ids into the cache first, untimed. A peer runs in a child process that sleeps during
+our turn; turns alternate, so a noisy minute hits both. Our median is held against its median and against its best.
+No row without a check: the hash of our logits, and their divergence from the peer's.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smolrun.errors import OptionError, SmolrunError
+from smolrun.files.checkpoint import Checkpoint, open_checkpoint
+from smolrun.generate.engine import CachedSequence, Model
+from smolrun.kernels import target
+from smolrun.model.llama import Llama
+from smolrun.peer import Peer
+from smolrun.verify import Tally, logits_in_cuts, weight_format
+
+SPECIALS = 17  # of SmolLM2's vocabulary, ids 0-16
+CHECK_TOKENS = 32  # ids whose logits are hashed and compared
+CHECK_KL = 0.05  # ten times what int8 activations cost: above it one of the two runs another model
+COLD_RUNS = 3
+COLD_TOKENS = 128
+COLD_CONTEXT = 2048
+
+# What a user's first script would be; its own process, so that nothing of the measurement counts as memory.
+COLD_SCRIPT = """
+import json, pathlib, re, sys
+import smolrun
+with smolrun.load(sys.argv[1], **json.loads(sys.argv[2])) as llm:
+    for n, chunk in enumerate(llm.stream("The sea is", max_tokens=int(sys.argv[3]), ignore_eos=True)):
+        if n == 0:
+            print("first", flush=True)
+    status = pathlib.Path("/proc/self/status")
+    print(int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) * 1024 if status.exists() else 0)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: pp or tg of `size` ids behind `depth` ids."""
+
+    kind: str
+    size: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """llama-bench's name."""
+        return f"{self.kind}{self.size}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Samples of one test at one thread count, in tokens per second.
+
+    Attributes:
+        bytes_per_token: weights and cache read for a token of tg; 0 for pp, which reads them once for many.
+        peak: measured read bandwidth of as many threads, bytes per second; 0 if not measured.
+        peer: the other runtime's samples, empty without one.
+    """
+
+    test: str
+    threads: int
+    samples: tuple[float, ...]
+    bytes_per_token: int
+    peak: float
+    peer: tuple[float, ...] = ()
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half the range of the samples, relative to the median."""
+        return (max(self.samples) - min(self.samples)) / 2 / self.median
+
+    def figures(self) -> dict[str, Any]:
+        """One flat line for table, CSV and JSON; None where it does not apply."""
+        speed = self.median * self.bytes_per_token
+        return {
+            "test": self.test,
+            "threads": self.threads,
+            "tokens_per_s": round(self.median, 2),
+            "spread": round(self.spread, 4),
+            "gb_per_s": round(speed / 1e9, 2) if speed else None,
+            "share_of_peak": round(speed / self.peak, 3) if speed and self.peak else None,
+            "peer_tokens_per_s": round(statistics.median(self.peer), 2) if self.peer else None,
+            "peer_best": round(max(self.peer), 2) if self.peer else None,
+            "ratio": round(self.median / statistics.median(self.peer), 3) if self.peer else None,
+            "ratio_to_best": round(self.median / max(self.peer), 3) if self.peer else None,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `smolrun bench` found.
+
+    Attributes:
+        logits_hash: SHA-256 (16 digits) of our logits of fixed ids: the same on every CPU and thread count.
+        peer_kl: mean KL(peer, ours) over the same ids.
+        first_token: seconds from the start of a fresh process to its first token, median.
+        peak_memory: VmHWM of that process after COLD_TOKENS tokens in a context of COLD_CONTEXT, bytes; 0 if not known.
+        bandwidth: threads -> measured read bandwidth, bytes per second.
+    """
+
+    model: str
+    weight_format: str
+    model_bytes: int
+    tier: str
+    logits_hash: str
+    peer: str | None
+    peer_kl: float | None
+    first_token: float
+    peak_memory: int
+    bandwidth: dict[int, float]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        """Everything, each sample included."""
+        document = asdict(self)
+        document["rows"] = [{**row.figures(), "samples": row.samples, "peer_samples": row.peer} for row in self.rows]
+        return json.dumps(document, indent=2)
+
+    def to_csv(self) -> str:
+        """A line for each row, with the columns of Row.figures() behind model, tier and hash."""
+        text = io.StringIO()
+        common = {"model": self.model, "tier": self.tier, "logits_hash": self.logits_hash}
+        lines = [{**common, **row.figures()} for row in self.rows]
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return text.getvalue().rstrip("\n")
+
+    def table(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.model}: mostly {self.weight_format}, {self.model_bytes / 1e6:.0f} MB, CPU tier {self.tier}, "
+            f"logits {self.logits_hash}",
+            f"first token {self.first_token:.2f} s after process start, peak memory {self.peak_memory / 1e6:.0f} MB",
+        ]
+        if self.bandwidth:
+            peaks = ", ".join(f"{peak / 1e9:.1f} GB/s with {n}" for n, peak in self.bandwidth.items())
+            lines.append(f"measured read bandwidth by threads: {peaks}")
+        head = f"{'test':>14}{'threads':>8}{'tokens/s':>11}{'+-':>7}{'GB/s':>8}{'of peak':>9}"
+        if self.peer:
+            lines.append(f"beside {self.peer}, same file, ids and threads; mean KL {self.peer_kl:.1e}")
+            head += f"{self.peer:>13}{'its best':>10}{'ratio':>8}{'to best':>9}"
+        lines.append(head)
+        for f in (row.figures() for row in self.rows):
+            line = f"{f['test']:>14}{f['threads']:>8}{f['tokens_per_s']:>11,.1f}{f['spread']:>7.1%}"
+            line += f"{f['gb_per_s'] or '':>8}" + (f"{f['share_of_peak']:>9.0%}" if f["share_of_peak"] else " " * 9)
+            if self.peer:
+                line += f"{f['peer_tokens_per_s']:>13,.1f}{f['peer_best']:>10,.1f}"
+                line += f"{f['ratio']:>7.2f}x{f['ratio_to_best']:>8.2f}x"
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+
+def run(
+    path: Path,
+    *,
+    prompt_sizes: Sequence[int] = (512,),
+    decode_sizes: Sequence[int] = (128,),
+    depths: Sequence[int] = (0,),
+    threads: Sequence[int] | None = None,
+    repeats: int = 5,
+    compare: str | None = None,
+    quantize: str | None = None,
+    kv: str = "f16",
+    precision: str = "fast",
+    progress: Callable[[str], object] = lambda _: None,
+) -> Report:
+    """Measures a model.
+
+    Args:
+        path: a GGUF file or a checkpoint folder.
+        prompt_sizes, decode_sizes, depths: every pp and every tg is measured at every depth.
+        threads: thread counts; 1 and all cores if None.
+        repeats: samples of each figure, after one that is thrown away.
+        compare: "llama.cpp" (needs a GGUF file), or None.
+        quantize, kv, precision: as for smolrun.load.
+        progress: gets a line for every test.
+
+    Raises:
+        OptionError: a size, a depth or a peer that cannot be.
+        SmolrunError: our logits and the peer's are of different models.
+    """
+    kinds = [("pp", n) for n in prompt_sizes] + [("tg", n) for n in decode_sizes]
+    tests = [Case(kind, n, depth) for depth in depths for kind, n in kinds]
+    _check(path, tests, repeats, compare)
+    teams = list(dict.fromkeys(threads or (1, os.cpu_count() or 1)))
+    context = max(test.size + test.depth for test in tests)
+    rows: list[Row] = []
+    hashes: dict[int, str] = {}
+    kl: float | None = None
+    bandwidth = {n: peak for n in teams if (peak := read_bandwidth(n))}
+    with open_checkpoint(path) as checkpoint:
+        ids = prompt(checkpoint.config.vocab_size, max(context, CHECK_TOKENS))
+        for n in teams:
+            options: dict[str, Any] = {"threads": n, "quantize": quantize, "kv": kv, "precision": precision}
+            model = Llama.load(checkpoint, context=max(context, CHECK_TOKENS), **options)
+            peer = Peer(path, context=max(context, CHECK_TOKENS), threads=n) if compare else None
+            try:
+                ours = logits_in_cuts(model, ids[:CHECK_TOKENS], [model.chunk])
+                hashes[n] = hashlib.sha256(ours.tobytes()).hexdigest()[:16]
+                if peer is not None:
+                    tally = Tally()
+                    tally.add(peer.logits(ids[:CHECK_TOKENS]), ours, ids[:CHECK_TOKENS])
+                    kl = tally.summary().kl_mean
+                    if not kl <= CHECK_KL:
+                        raise SmolrunError(
+                            f"{path.name}: mean KL between llama.cpp's logits and ours is {kl:.3g}, at most {CHECK_KL} "
+                            "expected: timings of different models compare nothing (run `smolrun verify`)"
+                        )
+                for test in tests:
+                    progress(f"{test.name}, {n} thread{'s' * (n > 1)}")
+                    samples, others = measure(model, peer, test, ids, repeats)
+                    per_token = bytes_per_token(checkpoint, test, kv) if test.kind == "tg" and not quantize else 0
+                    rows.append(Row(test.name, n, samples, per_token, bandwidth.get(n, 0.0), others))
+            finally:
+                model.close()
+                if peer is not None:
+                    peer.close()
+        if len(set(hashes.values())) > 1:
+            raise SmolrunError(f"logits differ between thread counts, please report this as a bug: {hashes}")
+        progress("first token of a fresh process")
+        options = {"context": min(COLD_CONTEXT, checkpoint.config.max_positions), "threads": teams[-1]}
+        options |= {"quantize": quantize, "kv": kv, "precision": precision}
+        first_token, peak_memory = cold_start(path, options)
+        return Report(
+            model=path.name,
+            weight_format=weight_format(checkpoint),
+            model_bytes=checkpoint.bytes_total,
+            tier=target.choose().name,
+            logits_hash=next(iter(hashes.values())),
+            peer=compare,
+            peer_kl=kl,
+            first_token=first_token,
+            peak_memory=peak_memory,
+            bandwidth=bandwidth,
+            rows=tuple(rows),
+        )
+
+
+def _check(path: Path, tests: Sequence[Case], repeats: int, compare: str | None) -> None:
+    if not tests:
+        raise OptionError("nothing to measure: give prompt sizes or decode sizes")
+    for test in tests:
+        if test.size < 1 or test.depth < 0:
+            raise OptionError(f"{test.name}: sizes start at 1 and depths at 0")
+    if repeats < 1:
+        raise OptionError(f"repeats is {repeats}: at least 1 expected")
+    if compare not in (None, "llama.cpp"):
+        raise OptionError(f"compare is {compare!r}: the only peer is 'llama.cpp'")
+    if compare and path.is_dir():
+        raise OptionError(f"{path} is a folder: llama.cpp reads only GGUF, so give bench a .gguf file to compare")
+
+
+def prompt(vocab_size: int, n: int) -> list[int]:
+    """n ids that are the same everywhere: random words, no specials (llama-bench takes random ids too)."""
+    draw = random.Random(0)
+    return [draw.randrange(SPECIALS, vocab_size) for _ in range(n)]
+
+
+def bytes_per_token(checkpoint: Checkpoint, test: Case, kv: str) -> int:
+    """Bytes a decode step has to read: the weights (but an embedding that is not the classifier too) and the cache."""
+    config = checkpoint.config
+    weights = checkpoint.bytes_total
+    if not config.tied:
+        weights -= checkpoint.tensors["token_embd.weight"].raw.nbytes
+    positions = test.depth + (test.size + 1) / 2  # the mean over the run
+    return round(weights + positions * 2 * config.n_layers * config.kv_dim * {"f16": 2, "f32": 4}[kv])
+
+
+def measure(
+    model: Model, peer: Peer | None, test: Case, ids: Sequence[int], repeats: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Samples in tokens per second, ours and the peer's in turns; the first round warms up and is thrown away."""
+    depth, work = ids[: test.depth], ids[test.depth : test.depth + test.size]
+    ours: list[float] = []
+    others: list[float] = []
+    for _ in range(repeats + 1):
+        ours.append(test.size / seconds(model, work, depth, one_by_one=test.kind == "tg"))
+        if peer is not None:
+            timed = peer.decode if test.kind == "tg" else peer.prefill
+            others.append(test.size / timed(work, depth=depth))
+    return tuple(ours[1:]), tuple(others[1:])
+
+
+def seconds(model: Model, ids: Sequence[int], depth: Sequence[int], *, one_by_one: bool) -> float:
+    """Seconds for ids behind `depth` ids: logits of each (decode), or of the last (prefill)."""
+    seq = model.open([*depth, *ids])
+    try:
+        seq.truncate(min(seq.length, len(depth)))
+        _feed(model, seq, depth[seq.length :])
+        begin = time.perf_counter()
+        if one_by_one:
+            for token in ids:
+                model.logits(model.hidden(seq, [token]))
+        else:
+            model.logits(_feed(model, seq, ids)[-1:])
+        return time.perf_counter() - begin
+    finally:
+        seq.close()
+
+
+def _feed(model: Model, seq: CachedSequence, ids: Sequence[int]) -> Any:
+    """Passes over ids in chunks; the last chunk's hidden states, None without ids."""
+    hidden = None
+    for start in range(0, len(ids), model.chunk):
+        hidden = model.hidden(seq, ids[start : start + model.chunk])
+    return hidden
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that this many threads read at best: of 1, 2, 4 and 8 streams each over 1 GB."""
+    try:
+        from smolrun.kernels import bandwidth
+    except ImportError:
+        return 0.0
+    return max(float(bandwidth.read_bandwidth(threads, streams)) for streams in (1, 2, 4, 8))
+
+
+def cold_start(path: Path, options: dict[str, Any]) -> tuple[float, int]:
+    """Median seconds from the start of a process to its first token, and the most memory one took, in bytes."""
+    waits: list[float] = []
+    memory = 0
+    command = [sys.executable, "-c", COLD_SCRIPT, str(path.absolute()), json.dumps(options), str(COLD_TOKENS)]
+    for _ in range(COLD_RUNS):
+        begin = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as child:
+            assert child.stdout
+            first = child.stdout.readline()
+            waits.append(time.perf_counter() - begin)
+            rest = child.stdout.read()
+        if first != "first\n" or child.returncode:
+            raise SmolrunError(f"a fresh process gave no token, exit code {child.returncode}; its reason is above")
+        memory = max(memory, int(rest))
+    return statistics.median(waits), memory
