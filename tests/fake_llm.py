@@ -4,6 +4,7 @@ It answers a message with "echo: <message>", one word a chunk. Messages that ord
     count        numbers until it is cancelled
     think        nothing until it is cancelled, as a long prefill
     silent       an empty answer
+    refuse       a TemplateError
 A chat holds at most `context` words; a longer one is a ContextOverflow, an answer that reaches it ends with "context".
 """
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import smolrun
-from smolrun.errors import ContextOverflow
+from smolrun.errors import ContextOverflow, TemplateError
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class FakeLLM:
         return self.answer(messages[-1]["content"], cancel or threading.Event(), self.context - words)
 
     def answer(self, text: str, cancel: threading.Event, room: int) -> Iterator[Chunk]:
+        if text == "refuse":
+            raise TemplateError("the template refuses")
         if text == "think":
             assert cancel.wait(20)
             yield last("cancelled")
