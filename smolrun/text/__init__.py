@@ -1,0 +1,1 @@
+"""Text <-> ids: the tokenizer and the chat template."""

