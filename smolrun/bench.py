@@ -215,7 +215,7 @@ def run(
         ids = prompt(checkpoint.config.vocab_size, max(context, CHECK_TOKENS))
         for n in teams:
             options: dict[str, Any] = {"threads": n, "quantize": quantize, "kv": kv, "precision": precision}
-            model = Llama.load(checkpoint, context=max(context, CHECK_TOKENS), **options)
+            model = Llama(checkpoint, context=max(context, CHECK_TOKENS), **options)
             peer = Peer(path, context=max(context, CHECK_TOKENS), threads=n) if compare else None
             try:
                 ours = logits_in_cuts(model, ids[:CHECK_TOKENS], [model.chunk])

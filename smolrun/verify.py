@@ -321,7 +321,7 @@ def run(
         probe = parts[0][: min(len(parts[0]), IDENTITY_TOKENS)]
 
         def load(team: int | None) -> Llama:
-            return Llama.load(checkpoint, context=context, threads=team, quantize=None, kv=kv, precision=precision)
+            return Llama(checkpoint, context=context, threads=team, quantize=None, kv=kv, precision=precision)
 
         ours, peers, to_peer, truth = Tally(), Tally(), Tally(), Tally()
         team = threads or os.cpu_count() or 1
