@@ -143,27 +143,28 @@ PANELS: dict[str, Panel] = {
 }
 
 
-def pack(name: str, raw: Bytes, rows: int) -> Bytes:
+def pack(name: str, raw: Bytes, rows: int, out: Bytes | None = None) -> Bytes:
     """File bytes of a matrix -> panels.
 
     Args:
         name: format, a key of PANELS.
-        raw: the tensor's bytes, 1-D uint8.
+        raw: the tensor's bytes, uint8, rows after each other.
         rows: rows of the matrix.
+        out: where to write, contiguous; a new array if None.
 
     Returns:
-        (groups, records, record_bytes) uint8, contiguous; groups = ceil(rows / 16), the last one filled with zero rows.
+        (groups, records, record_bytes) uint8; groups = ceil(rows / 16), the last one filled with zero rows.
     """
     panel = PANELS[name]
     matrix = raw.reshape(rows, -1)
     records = matrix.shape[1] * ROWS // panel.record_bytes
-    groups = -(-rows // ROWS)
-    out = np.empty((groups, records, panel.record_bytes), np.uint8)
+    shape = (-(-rows // ROWS), records, panel.record_bytes)
+    target = np.empty(shape, np.uint8) if out is None else out.reshape(shape)
     step = max(1, (1 << 20) // (records * panel.record_bytes))  # about 1 MB at a time stays in cache and bounds the copies
-    for first in range(0, groups, step):
+    for first in range(0, shape[0], step):
         part = matrix[first * ROWS : (first + step) * ROWS]
         short = -len(part) % ROWS
         if short:
             part = np.concatenate([part, np.zeros((short, part.shape[1]), np.uint8)])
-        out[first : first + step] = panel.pack(part)
-    return out
+        target[first : first + step] = panel.pack(part)
+    return target

@@ -45,20 +45,21 @@ class Matrix:
         """Bytes of the panels."""
         return panel_bytes(self.format, self.rows, self.cols)
 
-    def panels(self) -> NDArray[np.uint8]:
-        """The matrix packed, rows of q and k in half-split rotary order."""
+    def pack_into(self, out: NDArray[np.uint8]) -> None:
+        """Write the panels, rows of q and k in half-split rotary order."""
         t = self.tensor
         raw = t.raw.reshape(self.rows, -1)
         if t.permuted:  # GGUF pairs neighbours (2i, 2i + 1); ours pairs (i, i + 32)
             raw = raw.reshape(-1, HEAD_DIM // 2, 2, raw.shape[1]).swapaxes(1, 2).reshape(self.rows, -1)
         if self.format == t.format:
-            return pack(self.format, raw, self.rows)
+            pack(self.format, raw, self.rows, out)
+            return
         parts = []
         for first in range(0, self.rows, STEP_ROWS):
             blocks = np.ascontiguousarray(raw[first : first + STEP_ROWS]).view(FORMATS[t.format].dtype)
             values = dequantize_ref(FORMATS[t.format], blocks).reshape(len(blocks), -1)
             parts.append(np.ascontiguousarray(quantize_ref(FORMATS[self.format], values)).view(np.uint8).reshape(len(values), -1))
-        return pack(self.format, np.concatenate(parts), self.rows)
+        pack(self.format, np.concatenate(parts), self.rows, out)
 
 
 def plan(checkpoint: Checkpoint, quantize: str | None) -> dict[str, Matrix]:
@@ -112,7 +113,7 @@ class Weights:
         self.bytes = sum(m.bytes for m in matrices.values())
         done, total = 0, sum(m.tensor.raw.nbytes for m in matrices.values())
         for name, matrix in matrices.items():
-            arena.arrays[name][:] = matrix.panels().reshape(-1)
+            matrix.pack_into(arena.arrays[name])
             matrix.tensor.release()
             done += matrix.tensor.raw.nbytes
             if progress:
