@@ -91,6 +91,7 @@ GGUF: dict[str, tuple[bytes, str]] = {
     "surrogate": (container([kv("k", 8, string(b"\xed\xa0\x80"))]), "not UTF-8"),
     "huge_array": (container([kv("k", 9, u32(0) + u64(HUGE) + bytes(32))]), "elements"),
     "array_overflow": (container([kv("k", 9, u32(10) + u64(2**61) + bytes(32))]), "elements"),
+    "array_too_long": (container([kv("k", 9, u32(0) + u64(2**22 + 1) + bytes(2**22 + 1))]), "at most 4,194,304"),
     "array_past_end": (container([kv("k", 9, u32(12) + u64(1000) + bytes(32))]), "8,000 bytes expected"),
     "strings_past_end": (container([kv("k", 9, u32(8) + u64(3) + string("a") * 2 + u64(9**9))]), "element 2 of 3"),
     "strings_huge": (container([kv("k", 9, u32(8) + u64(2) + string("a") + u64(HUGE) + bytes(9))]), "element 1 of 2"),

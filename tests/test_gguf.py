@@ -6,13 +6,13 @@ import struct
 import tracemalloc
 from pathlib import Path
 
-import hostile
 import numpy as np
 import pytest
-from tiny import Tiny, make_tiny
 
+import hostile
 from smolrun.errors import ModelFileError, ModelNotFound, OptionError, SmolrunError, UnsupportedModel
 from smolrun.files.gguf import WriteTensor, read_gguf, write_gguf
+from tiny import Tiny, make_tiny
 
 METADATA = {
     "bool": True,

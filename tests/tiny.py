@@ -142,7 +142,7 @@ def make_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
     q and k are twice as large: attention must look at single positions, or greedy ids soon repeat themselves.
     """
-    rng = np.random.Generator(np.random.PCG64(seed))
+    bits = np.random.PCG64(seed)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (config.vocab_size, config.dim)}
     for i in range(config.n_layers):
         shapes |= {
@@ -161,10 +161,20 @@ def make_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         shapes["output"] = (config.vocab_size, config.dim)
     out = {}
     for name, shape in shapes.items():
-        values = rng.standard_normal(shape, np.float32)
+        values = nearly_normal(bits, shape)
         scale = (2 if name.endswith(("attn_q", "attn_k")) else 1) / np.sqrt(shape[-1])
         out[f"{name}.weight"] = 1 + values / 10 if len(shape) == 1 else values * np.float32(scale)
     return out
+
+
+def nearly_normal(bits: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
+    """float32 of mean 0 and variance 1: each the sum of four 16-bit integers.
+
+    Generator.standard_normal calls the platform's exp and log and may change between NumPy versions; golden ids must not.
+    """
+    raw = bits.random_raw(int(np.prod(shape))).astype("<u8").view("<u2").reshape(-1, 4)
+    sums = raw.sum(axis=1, dtype=np.int64) - 2 * 65_535
+    return (sums.astype(np.float32) * np.float32(np.sqrt(12 / 4) / 65_536)).reshape(shape)
 
 
 def permute(rows: np.ndarray, config: ModelConfig, name: str, *, inverse: bool = False) -> np.ndarray:

@@ -43,8 +43,7 @@ BOOL, STRING, ARRAY = 7, 8, 9
 # value type -> NumPy dtype; bool, string and array have their own readers
 SCALAR_NAMES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 SCALARS: dict[int, np.dtype[Any]] = {code: np.dtype(name) for code, name in SCALAR_NAMES.items()}
-# the least bytes one element of a type takes: what a count is held against before anything is built
-LEAST = {code: dtype.itemsize for code, dtype in SCALARS.items()} | {BOOL: 1, STRING: 8, ARRAY: 12}
+# the least bytes an entry takes: what a count is held against before anything is built
 LEAST_KV = 8 + 1 + 4 + 1
 LEAST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
 
@@ -135,11 +134,6 @@ class _Reader:
         self.pos += 8
         return int(U64.unpack_from(self.buffer, self.pos - 8)[0])
 
-    def count(self, n: int, least: int, what: str) -> int:
-        """Refuse a count whose smallest possible elements pass the end of the file."""
-        self.need(n * least, f"{n:,} {what}")
-        return n
-
     def string(self, what: str, limit: int | None = None) -> str:
         length = self.u64(what)
         if limit is not None and not 0 < length <= limit:
@@ -202,18 +196,17 @@ class _Reader:
         if depth > MAX_DEPTH:
             self.fail(f"arrays nested deeper than {MAX_DEPTH}")
         code, n = self.u32("element type"), self.u64("element count")
-        if code not in LEAST:
-            self.fail(f"unknown element type {code}, 0 to 12 expected {AGAIN}")
         if n > MAX_ARRAY:
             self.fail(f"an array of {n:,} elements, at most {MAX_ARRAY:,} expected {AGAIN}")
-        self.count(n, LEAST[code], "elements")
         if code in SCALARS:
             return self.scalars(code, n)
         if code == BOOL:
             return self.bools(n)
         if code == STRING:
             return self.strings(n)
-        return [self.array(depth + 1) for _ in range(n)]
+        if code == ARRAY:
+            return [self.array(depth + 1) for _ in range(n)]
+        self.fail(f"unknown element type {code}, 0 to 12 expected {AGAIN}")
 
     def read(self) -> GGUF:
         self.need(24, "header")
@@ -229,8 +222,8 @@ class _Reader:
             raise UnsupportedModel(f"{self.file.path.name}: {what}, {expected}")
         n_tensors = self.u64("tensor count")
         n_kv = self.u64("metadata count")
-        self.count(n_kv, LEAST_KV, "metadata entries")
-        self.count(n_tensors, LEAST_TENSOR, "tensors")
+        self.need(n_kv * LEAST_KV, f"{n_kv:,} metadata entries")
+        self.need(n_tensors * LEAST_TENSOR, f"{n_tensors:,} tensors")
         metadata = self.metadata(n_kv)
         self.where = "general.alignment"
         alignment = metadata.get("general.alignment", ALIGNMENT)
