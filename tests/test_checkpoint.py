@@ -1,5 +1,6 @@
 """Config and checkpoint: one set of names and numbers from both containers; what we do not run is refused by name."""
 
+import gc
 import hashlib
 import json
 import os
@@ -453,8 +454,9 @@ def test_errors_leave_nothing_open(tiny: Tiny) -> None:
     for path in (bent, tiny.folder):
         with pytest.raises(ModelFileError):
             open_checkpoint(path)
+    gc.collect()  # pytest's record of the exception holds frames, and they hold views
     maps = Path("/proc/self/maps").read_text()
-    assert "bent.gguf" not in maps and str(tiny.folder) not in maps
+    assert str(bent) not in maps and str(tiny.folder) not in maps
 
 
 def test_checkpoint_is_small_to_hold() -> None:

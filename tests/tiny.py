@@ -170,7 +170,7 @@ def make_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 def nearly_normal(bits: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
     """float32 of mean 0 and variance 1: each the sum of four 16-bit integers.
 
-    Generator.standard_normal calls the platform's exp and log and may change between NumPy versions; golden ids must not.
+    Generator.standard_normal calls the platform's exp and log and may change with NumPy; golden ids must not.
     """
     raw = bits.random_raw(int(np.prod(shape))).astype("<u8").view("<u2").reshape(-1, 4)
     sums = raw.sum(axis=1, dtype=np.int64) - 2 * 65_535
@@ -178,7 +178,7 @@ def nearly_normal(bits: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def permute(rows: np.ndarray, config: ModelConfig, name: str, *, inverse: bool = False) -> np.ndarray:
-    """q and k rows from half-split rotary pairs to interleaved ones (as convert_hf_to_gguf.py), or back."""
+    """q and k rows from half-split rotary pairs to interleaved (as convert_hf_to_gguf.py), or back."""
     if not name.endswith(("attn_q.weight", "attn_k.weight")):
         return rows
     pairs = (HEAD_DIM // 2, 2) if inverse else (2, HEAD_DIM // 2)
