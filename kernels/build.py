@@ -13,13 +13,16 @@ import time
 
 from .target import TIERS
 
-NAMES = "forward_f16 forward_f32 classify team_post worker_loop matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT"
+NAMES = (
+    "forward_f16 forward_f32 classify team_post worker_loop matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT "
+    "read_STREAMS rmsnorm swiglu rope quantise interleave"  # the first measures bandwidth, the others are exported for tests alone
+)
 
 
 def _function(name: str):  # type: ignore[no-untyped-def]
     """(function, signature) of an entry point."""
-    from . import forward, matmul, team
-    from .simd import i64
+    from . import forward, matmul, pointwise, team
+    from .simd import f32, i64, void
 
     kind, _, rest = name.partition("_")
     if kind == "forward":
@@ -31,8 +34,19 @@ def _function(name: str):  # type: ignore[no-untyped-def]
         return matmul.make_matmul(fmt, {"int8": 1, "int8x2": 2, "f32": 0}[mode]), matmul.MATMUL
     if kind == "row":
         return matmul.make_row(rest), matmul.ROW
+    if kind == "read":
+        return pointwise.make_read(int(rest)), pointwise.READ
     if name in ("team_post", "worker_loop"):
         return getattr(team, name), i64(i64, i64, i64)
+    arguments = {
+        "rmsnorm": (i64, i64, i64, f32, i64),
+        "swiglu": (i64, i64, i64),
+        "rope": (i64, i64, f32, i64),
+        "quantise": (i64, i64, i64, i64, i64),
+        "interleave": (i64, i64, i64, i64),
+    }
+    if name in arguments:
+        return getattr(pointwise, name).py_func, void(*arguments[name])
     raise ValueError(f"no kernel {name!r}; there are {NAMES}")
 
 

@@ -34,7 +34,8 @@ def compile_c(name: str, function: Callable[..., Any], signature: Any, emit: str
     compiled = dispatcher.overloads[signature.args]
     native = compiled.fndesc.llvm_func_name
     value = "void" if signature.return_type == types.void else "i64"
-    params = ", ".join(f"i64 %a{i}" for i in range(len(signature.args)))
+    kinds = {types.int64: "i64", types.float32: "float"}
+    params = ", ".join(f"{kinds[a]} %a{i}" for i, a in enumerate(signature.args))
     wrapper = f"""
 define {value} @{name}({params}) {{
   %result = alloca i64

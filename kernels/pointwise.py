@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
 from .block import HEAD_DIM
 from .jit import kernel
 from .matmul import D, DSUM, HIGH32, LOW32, SUM8, SUM16, SUM128
 from .simd import (
+    I64,
+    V16I32,
+    at,
+    const,
     f32,
-    f32x16,
     fma,
     get_f32,
     i32x16,
+    i64,
+    load,
     put_f32,
     put_i32,
     sqrt,
@@ -26,8 +37,8 @@ from .simd import (
     vstore_i8,
     vsum,
     vsum_i32,
-    vto_f32,
     vto_i32,
+    word,
 )
 from .target import RECORD_BYTES
 
@@ -112,3 +123,38 @@ def interleave(x, n, out, stride):  # type: ignore[no-untyped-def]
     """x[n] -> f32 activations, `stride` bytes from k to k."""
     for k in range(n):
         put_f32(out + k * stride, get_f32(x + 4 * k))
+
+
+READ = i64(i64, i64, i64)  # address, bytes, passes
+
+
+def make_read(streams: int) -> Callable[..., int]:
+    """read(address, bytes, passes): a sum over memory read in `streams` parallel streams, to measure what a core can read.
+
+    bytes: a multiple of 512 * streams. The sum is returned so that no load is dropped.
+    """
+
+    def emit(b: Any, address: Any, part: Any) -> Any:
+        """One pass over `streams` parts of `part` bytes each."""
+        sums = [cgutils.alloca_once(b, V16I32) for _ in range(streams)]
+        for s in sums:
+            b.store(const(V16I32, 0), s)
+        with cgutils.for_range(b, b.sdiv(part, ir.Constant(I64, 256)), intp=I64) as loop:
+            for i, s in enumerate(sums):
+                first = b.add(address, b.add(b.mul(part, ir.Constant(I64, i)), b.mul(loop.index, ir.Constant(I64, 256))))
+                for offset in range(0, 256, 64):
+                    b.store(b.add(b.load(s), load(b, at(b, first, offset), V16I32)), s)
+        total = b.load(sums[0])
+        for s in sums[1:]:
+            total = b.add(total, b.load(s))
+        return total
+
+    one_pass = word(i32x16, [i64, i64], emit)
+
+    def read(address, size, passes):  # type: ignore[no-untyped-def]
+        total = i64(0)
+        for _ in range(passes):
+            total += vsum_i32(one_pass(address, size // streams))
+        return total
+
+    return read
