@@ -1,5 +1,6 @@
 """Ids of text, differential: ours, the bare `tokenizers` library, and llama.cpp on the real vocabulary."""
 
+import itertools
 import json
 import os
 import random
@@ -10,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from tokenizers import Tokenizer as Library
 
+import tiny
 from smolrun.errors import ModelFileError, TokenizerError, UnsupportedModel
 from smolrun.files.checkpoint import TokenizerSource, open_checkpoint
+from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import MAX_ID, Tokenizer
 
 WIKI = Path(__file__).resolve().parents[2] / "shared/data/text/wikitext2/wiki.test.raw"
 
 NASTY = {
-    "digits": "0 1234567890 3.14159e-10 ５６ ٣٤ ½ Ⅷ 12ab34 -1,000,000",
+    "digits": "0 1234567890 3.14159e-10 \uff15\uff16 ٣٤ ½ Ⅷ 12ab34 -1,000,000",
     "emoji": "😀👩‍👩‍👧‍👦🏳️‍🌈 ok👍🏽! a😀b 🇯🇵🇯",
-    "cjk": "日本語のテキスト。中文字符，한국어 텍스트 ภาษาไทย",
+    "cjk": "日本語のテキスト。中文字符\uff0c한국어 텍스트 ภาษาไทย",
     "combining": "e\u0301 Z\u0351\u036b\u0343 नमस्ते a\u0300\u0301\u0302\u0303 \u0301alone",
     "right to left": "שלום עולם مرحبا بالعالم \u200f\u202etxet",
     "control": "".join(map(chr, range(32))) + "\x7f\x80\x85\x9f" + "!\x04!\x04 a\x04b\x06\x06.\x00\x00",
@@ -54,7 +56,7 @@ def real() -> Iterator[tuple[Tokenizer, TokenizerSource, Path]]:
 
 
 @pytest.fixture(scope="module")
-def llama(real: Any) -> Iterator[Callable[[str], list[int]]]:
+def llama(real: Any) -> Iterator[Callable[..., list[int]]]:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python (extra `reference`) is not installed")
     import llama_cpp
 
@@ -67,7 +69,7 @@ def llama(real: Any) -> Iterator[Callable[[str], list[int]]]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(null)
-    yield lambda text: model.tokenize(text.encode(), add_bos=False, special=False)
+    yield lambda text, special=False: model.tokenize(text.encode(), add_bos=False, special=special)
     model.close()
 
 
@@ -121,8 +123,20 @@ def test_wikitext_as_llama_cpp(real: Any, llama: Any) -> None:
     assert ids == llama(text) and len(ids) > 300_000
     assert real[0].decode(ids) == text
     cuts = [0, *sorted(random.Random(1).sample(range(len(text)), 300)), len(text)]
-    for start, end in zip(cuts[:60], cuts[1:61], strict=True):
+    for start, end in itertools.islice(itertools.pairwise(cuts), 60):
         assert real[0].encode(text[start:end]) == llama(text[start:end])
+
+
+@pytest.mark.real
+@pytest.mark.reference
+def test_chat_as_llama_cpp(real: Any, llama: Any) -> None:
+    """The ids of a dialogue are those of its rendered text, where no message holds a special token's text."""
+    template = ChatTemplate(tiny.CHAT_TEMPLATE, real[0])
+    messages: list[dict[str, str]] = []
+    for name in sorted(NASTY.keys() - {"specials"}):
+        messages.append({"role": "user", "content": NASTY[name]})
+        assert template.encode(messages)[0] == llama(template.render(messages), special=True), name
+        messages.append({"role": "assistant", "content": NASTY[name]})
 
 
 @pytest.mark.real
@@ -313,7 +327,7 @@ def test_other_pre_tokenizers() -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False}
     gpt2 = from_json(edited(pre_tokenizer=byte_level, model__merges=["1 2"], model__vocab=vocab))
     assert len(gpt2.encode("12")) == 1  # digits are set apart by smollm only
-    with pytest.raises(UnsupportedModel, match="'llama-bpe' is not supported .*smollm"):
+    with pytest.raises(UnsupportedModel, match=r"'llama-bpe' is not supported .*smollm"):
         Tokenizer({"a": 0}, [], specials={}, pre="llama-bpe")
     with pytest.raises(ModelFileError, match="empty"):
         Tokenizer({}, [], specials={})
