@@ -9,16 +9,18 @@ No row without a check: the hash of our logits, and their divergence from the pe
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import io
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,20 @@ from typing import Any
 from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.generate.engine import CachedSequence, Model
-from smolrun.kernels import target
+from smolrun.kernels import load, target
 from smolrun.model.llama import Llama
+from smolrun.model.memory import Arena
+from smolrun.model.workers import available_cores
 from smolrun.peer import Peer
 from smolrun.verify import Tally, logits_in_cuts, weight_format
 
 SPECIALS = 17  # of SmolLM2's vocabulary, ids 0-16
 CHECK_TOKENS = 32  # ids whose logits are hashed and compared
 CHECK_KL = 0.05  # ten times what int8 activations cost: above it one of the two runs another model
+PROBE_BYTES = 1 << 30
+PROBE_STREAMS = (1, 2, 4, 8)
+PROBE_STEP = 512 * 8  # parts are whole numbers of what the widest kernel reads at once
+PROBE_PASSES = 5
 COLD_RUNS = 3
 COLD_TOKENS = 128
 COLD_CONTEXT = 2048
@@ -71,7 +79,7 @@ class Row:
 
     Attributes:
         bytes_per_token: weights and cache read for a token of tg; 0 for pp, which reads them once for many.
-        peak: measured read bandwidth of as many threads, bytes per second; 0 if not measured.
+        peak: measured read bandwidth of as many threads, bytes per second.
         peer: the other runtime's samples, empty without one.
     """
 
@@ -100,7 +108,7 @@ class Row:
             "tokens_per_s": round(self.median, 2),
             "spread": round(self.spread, 4),
             "gb_per_s": round(speed / 1e9, 2) if speed else None,
-            "share_of_peak": round(speed / self.peak, 3) if speed and self.peak else None,
+            "share_of_peak": round(speed / self.peak, 3) if speed else None,
             "peer_tokens_per_s": round(statistics.median(self.peer), 2) if self.peer else None,
             "peer_best": round(max(self.peer), 2) if self.peer else None,
             "ratio": round(self.median / statistics.median(self.peer), 3) if self.peer else None,
@@ -155,9 +163,8 @@ class Report:
             f"logits {self.logits_hash}",
             f"first token {self.first_token:.2f} s after process start, peak memory {self.peak_memory / 1e6:.0f} MB",
         ]
-        if self.bandwidth:
-            peaks = ", ".join(f"{peak / 1e9:.1f} GB/s with {n}" for n, peak in self.bandwidth.items())
-            lines.append(f"measured read bandwidth by threads: {peaks}")
+        peaks = ", ".join(f"{peak / 1e9:.1f} GB/s with {n}" for n, peak in self.bandwidth.items())
+        lines.append(f"measured read bandwidth by threads: {peaks}")
         head = f"{'test':>14}{'threads':>8}{'tokens/s':>11}{'+-':>7}{'GB/s':>8}{'of peak':>9}"
         if self.peer:
             lines.append(f"beside {self.peer}, same file, ids and threads; mean KL {self.peer_kl:.1e}")
@@ -205,12 +212,13 @@ def run(
     kinds = [("pp", n) for n in prompt_sizes] + [("tg", n) for n in decode_sizes]
     tests = [Case(kind, n, depth) for depth in depths for kind, n in kinds]
     _check(path, tests, repeats, compare)
-    teams = list(dict.fromkeys(threads or (1, os.cpu_count() or 1)))
+    teams = list(dict.fromkeys(threads or (1, available_cores())))
     context = max(test.size + test.depth for test in tests)
     rows: list[Row] = []
     hashes: dict[int, str] = {}
     kl: float | None = None
-    bandwidth = {n: peak for n in teams if (peak := read_bandwidth(n))}
+    progress("read bandwidth")
+    bandwidth = {n: read_bandwidth(n) for n in teams}
     with open_checkpoint(path) as checkpoint:
         ids = prompt(checkpoint.config.vocab_size, max(context, CHECK_TOKENS))
         for n in teams:
@@ -233,7 +241,7 @@ def run(
                     progress(f"{test.name}, {n} thread{'s' * (n > 1)}")
                     samples, others = measure(model, peer, test, ids, repeats)
                     per_token = bytes_per_token(checkpoint, test, kv) if test.kind == "tg" and not quantize else 0
-                    rows.append(Row(test.name, n, samples, per_token, bandwidth.get(n, 0.0), others))
+                    rows.append(Row(test.name, n, samples, per_token, bandwidth[n], others))
             finally:
                 model.close()
                 if peer is not None:
@@ -330,12 +338,31 @@ def _feed(model: Model, seq: CachedSequence, ids: Sequence[int]) -> Any:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that this many threads read at best: of 1, 2, 4 and 8 streams each over 1 GB."""
-    try:
-        from smolrun.kernels import bandwidth
-    except ImportError:
-        return 0.0
-    return max(float(bandwidth.read_bandwidth(threads, streams)) for streams in (1, 2, 4, 8))
+    """Bytes per second that so many threads read at best, each its part of 1 GB in 1, 2, 4 or 8 parallel streams."""
+    kernels = load.addresses(target.choose(), [f"read_{streams}" for streams in PROBE_STREAMS])
+    part = PROBE_BYTES // threads // PROBE_STEP * PROBE_STEP
+    memory = Arena({"probe": part * threads})
+    memory.arrays["probe"].fill(1)  # pages that were never written all lie on one page of zeros
+    start = memory.address("probe")
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for address in kernels.values():
+            read = load.c_function(address, 3, ctypes.c_int64)
+            gate = threading.Barrier(threads)
+
+            def pass_over(
+                i: int, read: Callable[..., int] = read, gate: threading.Barrier = gate
+            ) -> tuple[float, float]:
+                gate.wait()
+                begin = time.perf_counter()
+                read(start + i * part, part, 1)
+                return begin, time.perf_counter()
+
+            for _ in range(PROBE_PASSES):
+                spans = list(pool.map(pass_over, range(threads)))
+                elapsed = max(end for _, end in spans) - min(begin for begin, _ in spans)
+                best = max(best, part * threads / elapsed)
+    return best
 
 
 def cold_start(path: Path, options: dict[str, Any]) -> tuple[float, int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.generate.engine import Model, generate_ids
 from smolrun.generate.sampler import Sampling
 from smolrun.model.llama import Llama
+from smolrun.model.workers import available_cores
 from smolrun.peer import Peer, requantise
 from smolrun.text.tokenizer import Tokenizer
 
@@ -324,7 +324,7 @@ def run(
             return Llama(checkpoint, context=context, threads=team, quantize=None, kv=kv, precision=precision)
 
         ours, peers, to_peer, truth = Tally(), Tally(), Tally(), Tally()
-        team = threads or os.cpu_count() or 1
+        team = threads or available_cores()
         with tempfile.TemporaryDirectory(prefix="smolrun-verify-") as folder:
             exact_path = Path(folder) / "exact.gguf"
             progress("the exact model: every tensor as float32")

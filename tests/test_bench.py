@@ -51,8 +51,9 @@ def test_figures_of_a_row() -> None:
         "ratio": 1.667,
         "ratio_to_best": 1.25,
     }
-    alone = replace(ROW, peer=(), peak=0.0).figures()
-    assert alone["ratio"] is None and alone["share_of_peak"] is None
+    assert replace(ROW, peer=()).figures()["ratio"] is None
+    prefill = replace(ROW, bytes_per_token=0).figures()
+    assert prefill["gb_per_s"] is None and prefill["share_of_peak"] is None
 
 
 def test_reports() -> None:
@@ -172,7 +173,7 @@ def test_a_fresh_process_without_a_token_is_an_error(tmp_path: Path, monkeypatch
 def test_a_whole_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not peer.available():
         pytest.skip("llama-cpp-python is not installed (extra `reference`)")
-    monkeypatch.setattr(bench, "read_bandwidth", lambda threads: 10e9)
+    monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 20)
     monkeypatch.setattr(bench, "COLD_RUNS", 1)
     path = make_tiny(tmp_path, fmt="Q4_0").gguf
     options: dict[str, Any] = {"prompt_sizes": (32,), "decode_sizes": (8,), "depths": (0, 64), "threads": (1, 2)}
@@ -182,4 +183,5 @@ def test_a_whole_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(len(row.samples) == len(row.peer) == 1 for row in report.rows)
     assert report.peer_kl is not None and 0 < report.peer_kl < bench.CHECK_KL
     assert len(report.logits_hash) == 16 and report.first_token > 0
+    assert report.bandwidth.keys() == {1, 2} and min(report.bandwidth.values()) > 0
     assert report.table() and report.to_csv() and report.to_json()
