@@ -1,8 +1,10 @@
 """smolrun runs SmolLM2 on a CPU.
 
 >>> import smolrun
->>> with smolrun.load() as llm:                                   # doctest: +SKIP
-...     print(llm.chat([{"role": "user", "content": "What is a smol model?"}]).text)
+>>> with smolrun.load() as llm:                     # SmolLM2-135M-Instruct, or any source `load` names
+...     answer = llm.chat([{"role": "user", "content": "Who wrote Hamlet?"}], sampling=smolrun.Sampling(seed=1))
+>>> "Shakespeare" in answer.text
+True
 
 This is the only public door. Its names are looked up when they are first used: `import smolrun` costs no NumPy and no
 Numba, so `smolrun --help` is quick.

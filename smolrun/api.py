@@ -8,6 +8,7 @@
 the KV cache keeps the longest prefix, so only the new turn is computed.
 """
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from smolrun.generate.engine import Cancel, FinishReason, Model, Progress, Step,
 from smolrun.generate.sampler import Logits, Sampling
 from smolrun.generate.turns import Turns
 from smolrun.model.llama import Llama
-from smolrun.text.dialogue import AnswerMemory
+from smolrun.text.dialogue import AnswerMemory, is_answer
 from smolrun.text.stops import StopFinder
 from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
@@ -115,6 +116,7 @@ class LLM:
         self._memory = AnswerMemory()
         self._release = weakref.finalize(self, release or model.close)
         self._release.atexit = False
+        self._freeing = threading.Lock()
 
     @property
     def config(self) -> ModelConfig:
@@ -260,7 +262,7 @@ class LLM:
         True
         """
         messages = self._memory.with_ids(messages)
-        begun = messages[-1] if messages and messages[-1].get("role") == "assistant" else None
+        begun = messages[-1] if messages and is_answer(messages[-1]) else None
         ids, mask = self._template.encode(
             messages, add_generation_prompt=begun is None, continue_final=begun is not None
         )
@@ -349,7 +351,7 @@ class LLM:
     def close(self) -> None:
         """Frees the model; an answer of another thread ends with ModelClosed. May be called twice."""
         if self._turns.close(self._model.cancel):
-            self._release()
+            self._free()
 
     def __enter__(self) -> "LLM":
         return self
@@ -402,16 +404,19 @@ class LLM:
             self._leave(task)
 
     def _leave(self, who: "_Task | Answer") -> None:
-        self._turns.leave(who)
-        if self._turns.closed:
-            self._release()  # `close` found us computing
+        if self._turns.leave(who):
+            self._free()  # `close` found us computing
+
+    def _free(self) -> None:
+        with self._freeing:  # whoever comes second waits until it is done
+            self._release()
 
     def _stream(
         self, request: "Request", at_end: Callable[[str, list[int]], None] | None = None
     ) -> Generator[Chunk, None, None]:
-        check_prompt(self._model, request.ids)
         if self._turns.closed:
             raise ModelClosed("the model is closed: load it again")
+        check_prompt(self._model, request.ids)
         eos_ids = () if request.ignore_eos else self._tokenizer.eos_ids
         return self._chunks(Answer(self._model, request, {*eos_ids, *request.stop_ids}), at_end)
 

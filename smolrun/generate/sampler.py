@@ -133,8 +133,8 @@ class Sampler:
     >>> import numpy as np
     >>> sampler = Sampler(Sampling(temperature=1.0, top_p=1.0, seed=7))
     >>> logits = np.array([0.0, 2.0, 1.0], dtype=np.float32)
-    >>> [sampler.sample(logits, [5] * (1 + n), 1).id for n in range(12)]         # prompt of one id, then steps 0..11
-    [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    >>> [sampler.sample(logits, [5] * (1 + step), prompt_length=1).id for step in range(12)]
+    [1, 1, 1, 1, 1, 1, 2, 2, 2, 1, 2, 1]
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -171,8 +171,6 @@ class Sampler:
             id = int(x.argmax())
         else:
             id = self._draw(x, len(ids) - prompt_length)
-        if x[id] == -math.inf:
-            raise OptionError(f"logit_bias bans all {len(logits):,} ids of the vocabulary: leave at least one")
         with np.errstate(over="ignore", under="ignore"):
             below = logits - best
             log_mass = float(best) + math.log(float(np.exp(below, out=below).sum()))
@@ -196,10 +194,20 @@ class Sampler:
             if last >= len(x):
                 raise OptionError(f"logit_bias for id {last}, the vocabulary has ids 0 to {len(x) - 1:,}")
             x[self._bias_ids] += self._bias
+            if x.max() == -math.inf:
+                raise OptionError(f"logit_bias bans all {len(x):,} ids of the vocabulary: leave at least one")
         return x
 
     def _draw(self, x: Logits, step: int) -> int:
-        """A random id of those that temperature, top-k, top-p and min-p leave."""
+        """A random one of the candidates."""
+        ids, weights = self.candidates(x)
+        mass = np.cumsum(weights)
+        # 64 random bits times the mass: off by 2^-64, where the lightest id has 2^-56
+        point = (_mix(self._seed + step * 0x9E37_79B9_7F4A_7C15) * int(mass[-1])) >> 64
+        return int(ids[np.searchsorted(mass, point, side="right")])
+
+    def candidates(self, x: Logits) -> tuple[Ids, Ids]:
+        """Ids that temperature (> 0), top-k, top-p and min-p leave, rising, and their weights; the best has 2^40."""
         sampling = self.sampling
         if 0 < sampling.top_k < len(x):
             ids = np.sort(_best(x, sampling.top_k))
@@ -213,10 +221,7 @@ class Sampler:
         if sampling.min_p > 0:
             likely = np.flatnonzero(weights >= math.ceil(sampling.min_p * (1 << _WEIGHT_BITS)))
             ids, weights = ids[likely], weights[likely]
-        mass = np.cumsum(weights)
-        # 64 random bits times the mass: off by 2^-64, where the lightest id has 2^-56
-        point = (_mix(self._seed + step * 0x9E37_79B9_7F4A_7C15) * int(mass[-1])) >> 64
-        return int(ids[np.searchsorted(mass, point, side="right")])
+        return ids, weights
 
 
 def _narrow(x: npt.NDArray[np.float64]) -> Logits:
@@ -228,14 +233,14 @@ def _narrow(x: npt.NDArray[np.float64]) -> Logits:
 def _weights(x: Logits, temperature: float) -> Ids:
     """2^40 * exp((x - max(x)) / temperature) in whole numbers, rounded down.  # (n,) float32 -> (n,) int64"""
     best = x.max().astype(np.float64)
-    scale = (1 << _FRACTION_BITS) * math.log2(math.e) / temperature
+    scale = (1 << _FRACTION_BITS) * math.log2(math.e) / max(temperature, 1e-30)
     mask = (1 << _HALF_BITS) - 1
     weights = np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 8192):
         # temporaries of 64 KiB stay in the cache: 0.7 -> 0.3 ms for 49,152 ids
         part = slice(start, start + 8192)
         # exact enough, and the same everywhere: float64 operations of IEEE 754 on float32 numbers
-        u = ((best - x[part]) * scale + 0.5).astype(np.int64)
+        u = np.minimum((best - x[part]) * scale + 0.5, 2.0**62).astype(np.int64)
         shift = np.minimum(u >> _FRACTION_BITS, _WEIGHT_BITS + 1) + (2 * _TABLE_BITS - _WEIGHT_BITS)
         np.right_shift(_COARSE.take((u >> _HALF_BITS) & mask) * _FINE.take(u & mask), shift, out=weights[part])
     return weights

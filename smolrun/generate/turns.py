@@ -98,13 +98,15 @@ class Turns:
                 self._resting = True
                 self._rests += 1
 
-    def leave(self, who: Holder) -> None:
-        """`who` needs no turn any more: it gives way. Harmless if it has none."""
+    def leave(self, who: Holder) -> bool:
+        """`who` needs no turn any more: it gives way. Harmless if it has none. True: it was the last, of a closed queue."""
         with self._changed:
-            if self._holder is who:
-                who.give_way()
-                self._holder = None
-                self._changed.notify_all()
+            if self._holder is not who:
+                return False
+            who.give_way()
+            self._holder = None
+            self._changed.notify_all()
+            return self._closed
 
     def close(self, interrupt: Callable[[], None]) -> bool:
         """Refuses all further turns; calls `interrupt` until the holder has left. True: nobody computes any more."""

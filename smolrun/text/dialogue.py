@@ -36,7 +36,7 @@ class AnswerMemory:
         digest = hashlib.sha256()
         for message in messages:
             digest.update(_bytes(message))
-            known = self._ids.get(digest.digest()) if _is_answer(message) else None
+            known = self._ids.get(digest.digest()) if is_answer(message) else None
             out.append({"ids": known.tolist(), **message} if known is not None else message)
         return out
 
@@ -50,7 +50,8 @@ class AnswerMemory:
             self._ids.popitem(last=False)
 
 
-def _is_answer(message: Message) -> bool:
+def is_answer(message: Message) -> bool:
+    """The assistant said it; False also for what is no message, which the template refuses by name."""
     return isinstance(message, Mapping) and message.get("role") == "assistant"
 
 

@@ -11,7 +11,7 @@ class StopFinder:
 
     >>> finder = StopFinder(["END"])
     >>> [finder.push(piece) for piece in ["one E", "NE", "ND", " two"]], finder.found
-    (['one ', 'E', 'NE', ''], True)
+    (['one ', 'EN', '', ''], True)
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
