@@ -33,7 +33,7 @@ from smolrun.model.llama import Llama
 from smolrun.model.memory import Arena
 from smolrun.model.workers import available_cores
 from smolrun.peer import Peer
-from smolrun.verify import Tally, logits_in_cuts, weight_format
+from smolrun.verify import Comparison, logits_in_cuts, weight_format
 
 SPECIALS = 17  # of SmolLM2's vocabulary, ids 0-16
 CHECK_TOKENS = 32  # ids whose logits are hashed and compared
@@ -229,9 +229,9 @@ def run(
                 ours = logits_in_cuts(model, ids[:CHECK_TOKENS], [model.chunk])
                 hashes[n] = hashlib.sha256(ours.tobytes()).hexdigest()[:16]
                 if peer is not None:
-                    tally = Tally()
-                    tally.add(peer.logits(ids[:CHECK_TOKENS]), ours, ids[:CHECK_TOKENS])
-                    kl = tally.summary().kl_mean
+                    both = Comparison([("peer", "ours")])
+                    both.add({"peer": peer.logits(ids[:CHECK_TOKENS]), "ours": ours}, ids[:CHECK_TOKENS])
+                    kl = both.summary("peer", "ours").kl_mean
                     if not kl <= CHECK_KL:
                         raise SmolrunError(
                             f"{path.name}: mean KL between llama.cpp's logits and ours is {kl:.3g}, at most {CHECK_KL} "

@@ -5,7 +5,7 @@ to F32, with a float32 cache. Both runtimes compute with 8-bit activations and d
 (limit_of) bounds by how much we may. Besides, our own logits have to be the same bits whichever way the work is cut:
 that needs no peer and is checked too.
 
-The comparison (Tally), the cutting (identity) and the judgement (Report) know arrays and one protocol only, no files.
+The comparison (Comparison), the cutting (identity) and the judgement (Report) know arrays and one protocol only, no files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,38 +88,55 @@ class Summary:
     ppl: float
 
 
-@dataclass
-class Tally:
-    """Gathers windows of logits of a truth and of another runtime."""
+class Comparison:
+    """Gathers windows of logits of several runtimes and compares pairs of them: (truth, other).
 
-    kl: list[F64Array] = field(default_factory=list)
-    same: list[NDArray[np.bool_]] = field(default_factory=list)
-    loss: list[F64Array] = field(default_factory=list)
+    >>> both = Comparison([("exact", "ours")])
+    >>> both.add({"exact": np.eye(3, dtype=np.float32), "ours": np.eye(3, dtype=np.float32)}, [0, 1, 2])
+    >>> both.summary("exact", "ours").kl_mean
+    0.0
+    """
 
-    def add(self, truth: Logits, other: Logits, ids: Sequence[int]) -> None:
-        """One window: logits of all its positions, (len(ids), vocab_size) both; row i predicts ids[i + 1]."""
-        if truth.shape != other.shape or len(truth) != len(ids):
-            raise ValueError(f"logits of {truth.shape} and {other.shape} for {len(ids)} ids")
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self.names = sorted({name for pair in pairs for name in pair})
+        self._kl: dict[tuple[str, str], list[F64Array]] = {pair: [] for pair in pairs}
+        self._same: dict[tuple[str, str], list[NDArray[np.bool_]]] = {pair: [] for pair in pairs}
+        self._loss: dict[str, list[F64Array]] = {name: [] for name in self.names}
+
+    def add(self, logits: Mapping[str, Logits], ids: Sequence[int]) -> None:
+        """One window: every runtime's logits of all its positions, (len(ids), vocab_size); row i predicts ids[i + 1]."""
+        shapes = {name: logits[name].shape for name in self.names}
+        if len(set(shapes.values())) != 1 or len(logits[self.names[0]]) != len(ids):
+            raise ValueError(f"logits of {shapes} for {len(ids)} ids")
         targets = np.asarray(ids, np.intp)
         for i in range(0, len(ids), BLOCK_ROWS):
-            p, q = log_softmax(truth[i : i + BLOCK_ROWS]), log_softmax(other[i : i + BLOCK_ROWS])
-            self.kl.append((np.exp(p) * (p - q)).sum(axis=1))
-            self.same.append(p.argmax(axis=1) == q.argmax(axis=1))
-            following = targets[i + 1 : i + 1 + len(q)]
-            self.loss.append(-q[np.arange(len(following)), following])
+            log_p = {name: log_softmax(logits[name][i : i + BLOCK_ROWS]) for name in self.names}
+            following = targets[i + 1 : i + 1 + BLOCK_ROWS]
+            for name, lp in log_p.items():
+                self._loss[name].append(-lp[np.arange(len(following)), following])
+            for truth, other in self._kl:
+                p, q = log_p[truth], log_p[other]
+                self._kl[truth, other].append((np.exp(p) * (p - q)).sum(axis=1))
+                self._same[truth, other].append(p.argmax(axis=1) == q.argmax(axis=1))
 
-    def summary(self) -> Summary:
-        """Over everything added; NaN where nothing was."""
-        kl, same, loss = (
-            np.concatenate(part) if part else np.full(1, np.nan) for part in (self.kl, self.same, self.loss)
-        )
+    def ppl(self, name: str) -> float:
+        """Perplexity of a runtime over everything added; NaN if that is nothing."""
+        return float(np.exp(_join(self._loss[name]).mean()))
+
+    def summary(self, truth: str, other: str) -> Summary:
+        """A pair over everything added; NaN if that is nothing."""
+        kl = _join(self._kl[truth, other])
         return Summary(
             kl_mean=float(kl.mean()),
             kl_p99=float(np.quantile(kl, 0.99)),
             kl_max=float(kl.max()),
-            top1=float(same.mean()),
-            ppl=float(np.exp(loss.mean())),
+            top1=float(_join(self._same[truth, other]).mean()),
+            ppl=self.ppl(other),
         )
+
+
+def _join(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.full(1, np.nan)
 
 
 def windows(ids: Sequence[int], size: int = WINDOW) -> Iterator[Sequence[int]]:
@@ -323,7 +340,7 @@ def run(
         def load(team: int | None) -> Llama:
             return Llama(checkpoint, context=context, threads=team, quantize=None, kv=kv, precision=precision)
 
-        ours, peers, to_peer, truth = Tally(), Tally(), Tally(), Tally()
+        all_three = Comparison([("exact", "ours"), ("exact", "peer"), ("peer", "ours")])
         team = threads or available_cores()
         with tempfile.TemporaryDirectory(prefix="smolrun-verify-") as folder:
             exact_path = Path(folder) / "exact.gguf"
@@ -337,12 +354,14 @@ def run(
                 ):
                     for i, part in enumerate(parts):
                         progress(f"window {i + 1} of {len(parts)}")
-                        right, theirs = exact.logits(part), peer.logits(part)
-                        mine = logits_in_cuts(model, part, [model.chunk])
-                        truth.add(right, right, part)
-                        ours.add(right, mine, part)
-                        peers.add(right, theirs, part)
-                        to_peer.add(theirs, mine, part)
+                        all_three.add(
+                            {
+                                "exact": exact.logits(part),
+                                "peer": peer.logits(part),
+                                "ours": logits_in_cuts(model, part, [model.chunk]),
+                            },
+                            part,
+                        )
                     progress("greedy continuations")
                     wanted = [exact.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
                     greedy_peer = [peer.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
@@ -365,10 +384,10 @@ def run(
             precision=precision,
             tokens=len(ids),
             window=window,
-            exact_ppl=truth.summary().ppl,
-            ours=ours.summary(),
-            peer=peers.summary(),
-            to_peer=to_peer.summary(),
+            exact_ppl=all_three.ppl("exact"),
+            ours=all_three.summary("exact", "ours"),
+            peer=all_three.summary("exact", "peer"),
+            to_peer=all_three.summary("peer", "ours"),
             greedy_tokens=GREEDY_TOKENS,
             greedy_ours=tuple(match_length(a, b) for a, b in zip(greedy_ours, wanted, strict=True)),
             greedy_peer=tuple(match_length(a, b) for a, b in zip(greedy_peer, wanted, strict=True)),

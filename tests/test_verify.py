@@ -13,7 +13,7 @@ import pytest
 
 from smolrun import peer, verify
 from smolrun.errors import OptionError
-from smolrun.verify import EXACT, FAST, FLOAT, Report, Summary, Tally
+from smolrun.verify import EXACT, FAST, FLOAT, Comparison, Report, Summary
 
 VOCAB = 23
 
@@ -22,12 +22,12 @@ def logits(rows: int, seed: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).standard_normal((rows, VOCAB)).astype(np.float32) * 3
 
 
-def test_tally_equals_the_definitions() -> None:
+def test_comparison_equals_the_definitions() -> None:
     ids = [int(i) for i in np.random.default_rng(1).integers(0, VOCAB, 50)]
     truth, other = logits(50, 2), logits(50, 3)
-    tally = Tally()
-    tally.add(truth[:40], other[:40], ids[:40])  # two windows: nothing is predicted across their border
-    tally.add(truth[40:], other[40:], ids[40:])
+    pair = Comparison([("truth", "other")])
+    for part in (slice(0, 40), slice(40, 50)):  # two windows: nothing is predicted across their border
+        pair.add({"truth": truth[part], "other": other[part], "unused": other[:0]}, ids[part])
     kl, loss, same = [], [], []
     for i in range(50):
         p = [math.exp(v) for v in truth[i]]
@@ -37,7 +37,7 @@ def test_tally_equals_the_definitions() -> None:
         same.append(p.index(max(p)) == q.index(max(q)))
         if i not in (39, 49):
             loss.append(-math.log(q[ids[i + 1]]))
-    found = tally.summary()
+    found = pair.summary("truth", "other")
     assert found.kl_mean == pytest.approx(sum(kl) / 50, rel=1e-9)
     assert found.kl_max == pytest.approx(max(kl), rel=1e-9)
     assert found.kl_p99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-9)
@@ -45,16 +45,23 @@ def test_tally_equals_the_definitions() -> None:
     assert found.ppl == pytest.approx(math.exp(sum(loss) / 48), rel=1e-9)
 
 
-def test_tally_of_equal_logits_is_zero_and_shifts_do_not_matter() -> None:
-    tally = Tally()
-    tally.add(logits(5, 4), logits(5, 4) + np.float32(1e4), [1, 2, 3, 4, 5])
-    assert abs(tally.summary().kl_mean) < 1e-6 and tally.summary().top1 == 1.0
+def test_equal_distributions_have_no_divergence_and_every_pair_is_its_own() -> None:
+    a, b = logits(5, 4), logits(5, 5)
+    pairs = Comparison([("a", "a shifted"), ("a", "b"), ("b", "a")])
+    pairs.add({"a": a, "a shifted": a + np.float32(1e4), "b": b}, [1, 2, 3, 4, 5])
+    same = pairs.summary("a", "a shifted")
+    assert abs(same.kl_mean) < 1e-6 and same.top1 == 1.0
+    assert 0 < pairs.summary("a", "b").kl_mean != pairs.summary("b", "a").kl_mean > 0
+    assert pairs.summary("b", "a").ppl == pairs.ppl("a") == pytest.approx(pairs.ppl("a shifted"), rel=1e-3)
 
 
-def test_tally_refuses_what_does_not_fit() -> None:
+def test_comparison_refuses_what_does_not_fit() -> None:
+    pair = Comparison([("a", "b")])
     with pytest.raises(ValueError, match="7 ids"):
-        Tally().add(logits(5, 1), logits(5, 1), range(7))
-    assert math.isnan(Tally().summary().kl_mean)
+        pair.add({"a": logits(5, 1), "b": logits(5, 1)}, range(7))
+    with pytest.raises(ValueError, match="4, 23"):
+        pair.add({"a": logits(5, 1), "b": logits(4, 1)}, range(5))
+    assert math.isnan(pair.summary("a", "b").kl_mean)
 
 
 def test_windows_cover_the_text_and_drop_a_lonely_id() -> None:
