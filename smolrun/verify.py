@@ -5,7 +5,7 @@ to F32, with a float32 cache. Both runtimes compute with 8-bit activations and d
 (limit_of) bounds by how much we may. Besides, our own logits have to be the same bits whichever way the work is cut:
 that needs no peer and is checked too.
 
-The comparison (Comparison), the cutting (identity) and the judgement (Report) know arrays and one protocol only, no files.
+Comparison, identity and Report know arrays and one protocol only, no files.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Comparison:
         self._loss: dict[str, list[F64Array]] = {name: [] for name in self.names}
 
     def add(self, logits: Mapping[str, Logits], ids: Sequence[int]) -> None:
-        """One window: every runtime's logits of all its positions, (len(ids), vocab_size); row i predicts ids[i + 1]."""
+        """One window: each runtime's logits of all its positions, (len(ids), vocab_size); row i predicts ids[i + 1]."""
         shapes = {name: logits[name].shape for name in self.names}
         if len(set(shapes.values())) != 1 or len(logits[self.names[0]]) != len(ids):
             raise ValueError(f"logits of {shapes} for {len(ids)} ids")
