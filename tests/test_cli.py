@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM
 
 import smolrun
+from fake_llm import FakeLLM
 from smolrun import Sampling
 from smolrun.cli import VERBS, main
 from smolrun.errors import ModelNotFound

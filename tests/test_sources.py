@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import COMMIT, FakeHub
 
+from fake_hub import COMMIT, FakeHub
 from smolrun.errors import ModelFileError, ModelNotFound
 from smolrun.files import sources
 from smolrun.files.hub_cache import HubSource

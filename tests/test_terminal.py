@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import struct
 import subprocess
 import sys
 import time
@@ -18,8 +19,11 @@ from typing import Any
 import pytest
 
 import smolrun
+from fake_hub import FakeHub
 
 pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+fcntl = pytest.importorskip("fcntl")
+termios = pytest.importorskip("termios")
 
 TESTS = Path(__file__).parent
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
@@ -41,6 +45,7 @@ class Terminal:
 
     def __init__(self, arguments: list[str], environment: dict[str, str], *, stdout: int | None = None) -> None:
         self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         root = str(Path(smolrun.__file__).parents[1])
         script = str(TESTS / "fake_llm.py")
         code = START.format(tests=str(TESTS), root=root, arguments=arguments, script=script)
@@ -138,7 +143,8 @@ def log(tmp_path: Path) -> Callable[[], list[Any]]:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "inputrc").write_text("set enable-bracketed-paste off\n")
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "COLUMNS", "LINES")}
+    other = ("HF_", "HUGGINGFACE_", "PYTHONWARNINGS", "COLUMNS", "LINES", "TQDM_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
     return kept | {
         "LC_ALL": "C.UTF-8",
         "TERM": "xterm",
@@ -407,3 +413,12 @@ def test_rm_asks_a_terminal(environment: dict[str, str], tmp_path: Path) -> None
         assert terminal.end() == code
         terminal.close()
         assert snapshot.exists() == (reply == "n")
+
+
+def test_pull_shows_a_bar_for_large_files_only(environment: dict[str, str]) -> None:
+    files = dict.fromkeys(("config.json", "tokenizer.json", "tokenizer_config.json"), b"{}")
+    with FakeHub({"a/b": files | {"model.safetensors": bytes(12_000_000)}}) as hub:
+        terminal = Terminal(["pull", "a/b"], environment | {"HF_ENDPOINT": hub.url, "NO_PROXY": "*"})
+        assert terminal.end() == 0
+        terminal.close()
+    assert "model.safetensors: 100%" in terminal.seen and "config.json" not in terminal.seen

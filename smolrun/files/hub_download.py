@@ -36,15 +36,15 @@ def download(hub: HubSource, *, progress: bool = False) -> Path:
         from huggingface_hub import HfApi, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        bar = _bar(progress)
+        silent = _silent_bar()
         info = HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True)
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         names = _wanted(hub, list(siblings))
         _check_space(hub, [siblings[name] for name in names])
         paths: list[Path] = []
         for name in names:
-            _fetch_blob(hub.repo, str(info.sha), siblings[name], bar)
-            path = hf_hub_download(hub.repo, name, revision=hub.revision, tqdm_class=bar)
+            _fetch_blob(hub.repo, str(info.sha), siblings[name], silent if not progress else None)
+            path = hf_hub_download(hub.repo, name, revision=hub.revision, tqdm_class=silent)  # a few kB, or a link
             paths.append(Path(path))
         if hub.gguf is not None:
             return paths[0]
@@ -148,10 +148,8 @@ def _check_space(hub: HubSource, siblings: list[RepoSibling]) -> None:
         )
 
 
-def _bar(progress: bool) -> Any:
-    """The library's bar (which hides itself when stderr is no terminal), or one that never shows."""
-    if progress:
-        return None
+def _silent_bar() -> Any:
+    """The library's progress bar that never shows; its own hides itself only when stderr is no terminal."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Silent(tqdm):

