@@ -2,6 +2,7 @@
 
 import json
 import threading
+import tracemalloc
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -230,6 +231,12 @@ def test_a_token_shared_with_the_template_is_the_templates() -> None:
     )  # while generating, "assistant\n" ends with a token of its own
 
 
+def test_an_end_the_assistant_did_not_write_is_not_masked(tokenizer: Tokenizer) -> None:
+    source = tiny.CHAT_TEMPLATE.replace("message['content']", "message['content'] + ' (sic)'")
+    ids, mask = ChatTemplate(source, tokenizer).encode([user("q"), assistant("Four.")])
+    assert masked(tokenizer, ids, mask) == "Four."
+
+
 @pytest.mark.parametrize("source", [TRIMS, UPPER])
 def test_mask_where_the_template_changes_the_text(tokenizer: Tokenizer, source: str) -> None:
     template = ChatTemplate(source, tokenizer)
@@ -320,6 +327,7 @@ HOSTILE = {
     "long loop": "{% for i in range(10**9) %}{% endfor %}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "silent loops": "{% for a in 'x' * 999999 %}{% for b in 'x' * 999999 if false %}{% endfor %}{% endfor %}",
+    "stored range": "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
     "literal in a loop": "{% for i in range(99999) %}" + "x" * 60_000 + "{% endfor %}",
     "recursive loop": "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "recursive macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -337,6 +345,7 @@ HOSTILE = {
     "replace filter": GROWS % ("'a'", "ns.x | replace('a', 'aa')", ""),
     "replace nothing": GROWS % ("'a'", "ns.x.replace('', 'a')", ""),
     "join filter": GROWS % ("'a'", "[ns.x, ns.x] | join", ""),
+    "join by a long text": "{{ ('a' * 999999).join(['b'] * 9999) }}",
     "join by name": "{{ range(9999) | join(d='a' * 99999) }}",
     "join method": GROWS % ("'a'", "ns.x.join(['a', 'a', 'a'])", ""),
     "blocks": "{% set a0 = 'aaaa' %}"
@@ -393,10 +402,36 @@ HOSTILE = {
 }
 
 
+MANY_STEPS = {"branching macro", "stored range", "deep attributes", "deep loops"}  # slow to trace, and make little
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_in_an_error(tokenizer: Tokenizer, name: str) -> None:
-    with pytest.raises(TemplateError):
-        ChatTemplate(HOSTILE[name], tokenizer).render([user("hi")])
+def test_hostile_templates_end_in_an_error(tokenizer: Tokenizer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By refusal or by fuel: neither the clock nor the memory is what stops them."""
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1e9)
+    if name not in MANY_STEPS:
+        tracemalloc.start()
+    try:
+        with pytest.raises(TemplateError) as caught:
+            ChatTemplate(HOSTILE[name], tokenizer).render([user("hi")])
+        peak = tracemalloc.get_traced_memory()[1]  # 0 if not traced
+    finally:
+        tracemalloc.stop()
+    assert "MemoryError" not in str(caught.value)
+    assert peak < 128 << 20
+
+
+def test_sums_of_lists_are_refused_before_they_begin(tokenizer: Tokenizer) -> None:
+    for how in ("start=[]", "none, []"):  # quadratic
+        with pytest.raises(TemplateError, match="sums what are no numbers"):
+            ChatTemplate("{{ [[1]] | sum(" + how + ") }}", tokenizer).render([user("hi")])
+
+
+def test_attributes_are_those_a_chat_may_need(tokenizer: Tokenizer) -> None:
+    source = (
+        "{% for name in [messages.append, 'a'.center, range.start, 'a'.__len__] %}{{ name is defined }}{% endfor %}"
+    )
+    assert ChatTemplate(source, tokenizer).render([user("hi")]) == "False" * 4
 
 
 def test_time_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,7 +326,8 @@ def test_other_pre_tokenizers() -> None:
     vocab = tiny_json()["model"]["vocab"] | {"12": tiny.FULL_VOCAB}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False}
     gpt2 = from_json(edited(pre_tokenizer=byte_level, model__merges=["1 2"], model__vocab=vocab))
-    assert len(gpt2.encode("12")) == 1  # digits are set apart by smollm only
+    assert len(gpt2.encode("12")) == 1
+    assert len(from_json(edited(model__merges=["1 2"], model__vocab=vocab)).encode("12")) == 2  # every digit alone
     with pytest.raises(UnsupportedModel, match=r"'llama-bpe' is not supported .*smollm"):
         Tokenizer({"a": 0}, [], specials={}, pre="llama-bpe")
     with pytest.raises(ModelFileError, match="empty"):

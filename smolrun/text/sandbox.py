@@ -51,6 +51,7 @@ FUEL = 8_000_000  # steps + characters made
 FUEL_PER_CHARACTER = 32  # more for long messages, which the template did not choose
 MAX_DEPTH = 64  # macros in macros, containers in containers
 MAX_BITS = 4096  # of an integer
+CALL = 100  # fuel for a call: some 5 us, as long as 100 steps
 ITEM = 8  # fuel for an item of a container: a pointer costs more memory than a character
 
 _BUDGET = "(budget)"  # a context variable no template can name
@@ -399,7 +400,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(__context)
-        budget.pay(1 + ITEM * (len(args) + len(kwargs)))
+        budget.pay(CALL + ITEM * (len(args) + len(kwargs)))
         if isinstance(__obj, (BuiltinMethodType, MethodType)):
             owner, name = __obj.__self__, __obj.__name__
             if name not in _ATTRIBUTES.get(type(owner), ()):
