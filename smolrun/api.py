@@ -50,7 +50,7 @@ def load(
     kv: str = "f16",
     precision: str = "fast",
     offline: bool = False,
-    progress: Callable[..., object] | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> "LLM":
     """Opens a model.
 
@@ -64,7 +64,7 @@ def load(
         kv: "f16" or "f32" cache.
         precision: "fast" (int8 activations) or "exact" (two int8 terms).
         offline: never ask the network.
-        progress: told how compiling and loading go.
+        progress: called with ("compile" or "load", done, total): the very first start compiles the kernels.
 
     Raises:
         ModelNotFound, ModelFileError, UnsupportedModel, OptionError, KernelError: see `smolrun.errors`.
@@ -73,7 +73,7 @@ def load(
     try:
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
         template = ChatTemplate(checkpoint.chat_template, tokenizer)
-        model = Llama.load(
+        model = Llama(
             checkpoint,
             context=context,
             threads=threads,

@@ -3,6 +3,7 @@
 import doctest
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -513,6 +514,7 @@ def test_a_fork_works_or_says_why_not(llm):
     def in_child(work):
         pid = os.fork()
         if pid == 0:
+            signal.alarm(30)  # a hang is a failure
             code = 1
             try:
                 code = 0 if work() else 2
@@ -537,6 +539,21 @@ def test_a_fork_works_or_says_why_not(llm):
         except ModelClosed as error:
             return "forked" in str(error)
         return False
+
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold_the_lock():
+        with llm._turns._changed:
+            held.set()
+            go_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold_the_lock)
+        assert held.wait(30)
+        try:
+            in_child(lambda: llm.generate("abc", **options).ids == answer)
+        finally:
+            go_on.set()
 
     model, inside, go_on = model_of(llm), threading.Event(), threading.Event()
     model.on_pass = lambda: (inside.set(), go_on.wait(30))

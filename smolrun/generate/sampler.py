@@ -174,8 +174,8 @@ class Sampler:
         with np.errstate(over="ignore", under="ignore"):
             below = logits - best
             log_mass = float(best) + math.log(float(np.exp(below, out=below).sum()))
-        top = _best(logits, min(self.sampling.logprobs, len(logits)))
-        return Sample(id, float(logits[id]) - log_mass, tuple((int(i), float(logits[i]) - log_mass) for i in top))
+        top = _best(logits, min(self.sampling.logprobs, len(logits))).tolist()
+        return Sample(id, float(logits[id]) - log_mass, tuple((i, float(logits[i]) - log_mass) for i in top))
 
     def _modified(self, logits: Logits, ids: Sequence[int] | Ids, prompt_length: int) -> Logits:
         """Logits after penalties and bias: the array itself if there are none, else a copy.  # (vocab_size,)"""

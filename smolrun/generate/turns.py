@@ -99,7 +99,7 @@ class Turns:
                 self._rests += 1
 
     def leave(self, who: Holder) -> bool:
-        """`who` needs no turn any more: it gives way. Harmless if it has none. True: it was the last, of a closed queue."""
+        """`who` gives way for good; harmless if it has no turn. True: it was the last one, the queue is closed."""
         with self._changed:
             if self._holder is not who:
                 return False
