@@ -34,13 +34,14 @@ def words(names: str) -> Any:
 #   parts (spans, n_heads, PART): partial attention of a single token whose context is split over threads
 #   logits (n, 16 head.groups)
 B = words(
-    "team counters threads n start dim hidden_dim n_layers n_heads n_kv_heads eps terms tile tile_f32 max_k "
+    "team counters threads n start dim hidden_dim n_layers n_heads n_kv_heads eps tile_f32 tile_1 tile_2 max_k "
     "ids x act act_f32 qkv parts gate up out logits scratch scratch_bytes "
     "pages layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head"
 )
 
-# One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, and its activations.
-W = words("matmul panel groups blocks step is_float")
+# One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, and int8 terms
+# of its activations (0: f32).
+W = words("matmul panel groups blocks step terms")
 
 # One layer: two norms (addresses of f32 (dim,)), then seven matrices of W.size words.
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")

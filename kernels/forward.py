@@ -53,12 +53,11 @@ PASS = void(i64, i64)
 
 
 @kernel
-def prepare(block, row, k, t, int8, floats):  # type: ignore[no-untyped-def]
-    """Write token t's row of k floats as activations of the next matmul."""
+def prepare(block, row, k, t, terms, floats):  # type: ignore[no-untyped-def]
+    """Write token t's row of k floats as activations of the next matmuls: int8 of 1 or 2 terms (0: none), and f32 if `floats`."""
     n = get_i64(block + B.n)
-    if int8:
-        terms = get_i64(block + B.terms)
-        tile = get_i64(block + B.tile)
+    if terms:
+        tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2))
         t0 = t // tile * tile
         size = RECORD_BYTES * terms
         quantise(row, k, terms, get_i64(block + B.act) + (t0 * (k // 32) + t - t0) * size, min(tile, n - t0) * size)
@@ -69,10 +68,16 @@ def prepare(block, row, k, t, int8, floats):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def activations(block, w):  # type: ignore[no-untyped-def]
+    """Where a matrix finds its activations."""
+    return get_i64(block + (B.act if get_i64(w + W.terms) else B.act_f32))
+
+
+@kernel
 def multiply(block, w, counter, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
     """y (+)= act W^T, row groups claimed in steps."""
     groups, step = get_i64(w + W.groups), get_i64(w + W.step)
-    act = get_i64(block + (B.act_f32 if get_i64(w + W.is_float) else B.act))
+    act = activations(block, w)
     while True:
         g = claim(counter, 0, step)
         if g >= groups:
@@ -96,10 +101,10 @@ def gated(block, layer, counter, scratch):  # type: ignore[no-untyped-def]
             return
         end = min(g + step, groups)
         for w, y in ((wg, gate), (wu, up)):
-            act = get_i64(block + (B.act_f32 if get_i64(w + W.is_float) else B.act))
             call_matmul(
-                get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end, act, n, y, hidden, 0, scratch
-            )
+                get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end,
+                activations(block, w), n, y, hidden, 0, scratch,
+            )  # fmt: skip
         for t in range(n):
             first = 4 * (t * hidden + 16 * g)
             swiglu(gate + first, up + first, 16 * (end - g))
@@ -263,13 +268,13 @@ def make_forward(element: str) -> Callable[..., None]:
             wq, wk, wv, wo, wd = layer + LAYER.q, layer + LAYER.k, layer + LAYER.v, layer + LAYER.o, layer + LAYER.down
             wg, wu = layer + LAYER.gate, layer + LAYER.up
 
-            floats = get_i64(wq + W.is_float) + get_i64(wk + W.is_float) + get_i64(wv + W.is_float)
+            tq, tk, tv = get_i64(wq + W.terms), get_i64(wk + W.terms), get_i64(wv + W.terms)
             while True:
                 t = claim(counter, 0, 1)
                 if t >= n:
                     break
                 rmsnorm(x + 4 * t * dim, get_i64(layer + LAYER.attn_norm), dim, eps, row)
-                prepare(block, row, dim, t, floats < 3, floats > 0)
+                prepare(block, row, dim, t, max(tq, tk, tv), min(tq, tk, tv) == 0)
             if barrier(team, threads):
                 return
             multiply(block, wq, counter + LINE, qkv, width, 0, unpacked)
@@ -293,19 +298,19 @@ def make_forward(element: str) -> Callable[..., None]:
                     break
                 if n == 1:
                     merge_spans(block, qkv)
-                prepare(block, qkv + 4 * t * width, q_dim, t, get_i64(wo + W.is_float) == 0, get_i64(wo + W.is_float))
+                prepare(block, qkv + 4 * t * width, q_dim, t, get_i64(wo + W.terms), get_i64(wo + W.terms) == 0)
             if barrier(team, threads):
                 return
             multiply(block, wo, counter + 7 * LINE, x, dim, 1, unpacked)
             if barrier(team, threads):
                 return
-            floats = get_i64(wg + W.is_float) + get_i64(wu + W.is_float)
+            tg, tu = get_i64(wg + W.terms), get_i64(wu + W.terms)
             while True:
                 t = claim(counter, 8, 1)
                 if t >= n:
                     break
                 rmsnorm(x + 4 * t * dim, get_i64(layer + LAYER.ffn_norm), dim, eps, row)
-                prepare(block, row, dim, t, floats < 2, floats > 0)
+                prepare(block, row, dim, t, max(tg, tu), min(tg, tu) == 0)
             if barrier(team, threads):
                 return
             gated(block, layer, counter + 9 * LINE, unpacked)
@@ -315,7 +320,7 @@ def make_forward(element: str) -> Callable[..., None]:
                 t = claim(counter, 10, 1)
                 if t >= n:
                     break
-                prepare(block, gate + 4 * t * hidden, hidden, t, get_i64(wd + W.is_float) == 0, get_i64(wd + W.is_float))
+                prepare(block, gate + 4 * t * hidden, hidden, t, get_i64(wd + W.terms), get_i64(wd + W.terms) == 0)
             if barrier(team, threads):
                 return
             multiply(block, wd, counter + 11 * LINE, x, dim, 1, unpacked)
@@ -344,7 +349,7 @@ def classify(block, tid):  # type: ignore[no-untyped-def]
         if t >= n:
             break
         row = get_i64(block + B.out) + 4 * t * dim
-        prepare(block, row, dim, t, get_i64(head + W.is_float) == 0, get_i64(head + W.is_float))
+        prepare(block, row, dim, t, get_i64(head + W.terms), get_i64(head + W.terms) == 0)
     if barrier(team, threads):
         return
     stride = 16 * get_i64(head + W.groups)

@@ -23,6 +23,12 @@ STEP_ROWS = 1024  # rows converted at once
 _TENSOR = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 
 
+def kind_of(name: str) -> str:
+    """The matrix a tensor's name stands for: one of MATRICES, or "head" (the tied embedding included)."""
+    part = name.split(".")[-2]
+    return next((m for m, tensor in _TENSOR.items() if tensor == part), "head")
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One matrix as it will be in memory: (rows, cols) in `format`, from a tensor of maybe another format."""
@@ -91,8 +97,8 @@ class Weights:
         config: the model.
         checkpoint: open; not needed afterwards.
         matrices: from `plan`.
-        kernel: address of the matmul kernel of a format.
-        mode_is_float: of a format: its activations are f32.
+        kernel: (format, int8 terms of the activations, 0 for f32) -> address of the matmul kernel.
+        terms: (format, matrix: one of MATRICES or "head") -> int8 terms.
         threads: claims are cut so that every thread gets several.
     """
 
@@ -101,8 +107,8 @@ class Weights:
         config: ModelConfig,
         checkpoint: Checkpoint,
         matrices: Mapping[str, Matrix],
-        kernel: Callable[[str], int],
-        mode_is_float: Callable[[str], bool],
+        kernel: Callable[[str, int], int],
+        terms: Callable[[str, str], int],
         threads: int,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
@@ -123,12 +129,13 @@ class Weights:
             values = dequantize_ref(FORMATS[t.format], t.raw.view(FORMATS[t.format].dtype))
             arena.arrays[name].view(np.float32)[:] = values.reshape(-1)
 
-        def entry(name: str) -> list[int]:
+        def entry(name: str, kind: str) -> list[int]:
             m = matrices[name]
+            t = terms(m.format, kind)
             groups, blocks = -(-m.rows // ROWS), m.cols // BLOCK
             step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (4 * threads))))
-            values = {"matmul": kernel(m.format), "panel": arena.address(name), "groups": groups, "blocks": blocks}
-            values |= {"step": step, "is_float": int(mode_is_float(m.format))}
+            values = {"matmul": kernel(m.format, t), "panel": arena.address(name), "groups": groups, "blocks": blocks}
+            values |= {"step": step, "terms": t}
             return [values[field] for field in W._fields[:-1]]
 
         self.layers: NDArray[np.int64] = np.zeros((config.n_layers, L.size), np.int64)
@@ -137,11 +144,11 @@ class Weights:
             row[LAYER.ffn_norm // 8] = arena.address(f"blk.{i}.ffn_norm.weight")
             for m in MATRICES:
                 first = getattr(LAYER, m) // 8
-                row[first : first + W.size] = entry(f"blk.{i}.{_TENSOR[m]}.weight")
+                row[first : first + W.size] = entry(f"blk.{i}.{_TENSOR[m]}.weight", m)
         self.final_norm = arena.address("output_norm.weight")
-        self.embed: NDArray[np.int64] = np.array(entry("token_embd.weight"), np.int64)
+        self.embed: NDArray[np.int64] = np.array(entry("token_embd.weight", "head"), np.int64)
         head = "output.weight" if "output.weight" in matrices else "token_embd.weight"
-        self.head: NDArray[np.int64] = np.array(entry(head), np.int64)
+        self.head: NDArray[np.int64] = np.array(entry(head, "head"), np.int64)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arena.arrays)
