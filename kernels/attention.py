@@ -5,10 +5,10 @@ A page holds 64 positions of every layer and KV head:
     K  [4 groups of positions][64 dims][16 positions]   lanes are positions: scores need no horizontal sum
     V  [64 positions][64 dims]                          lanes are dims
 
-A row is one query head of one token. Rows that share a KV head and a page table are computed together and share its loads. Scores of
-a span of 512 positions give a partial (m, l, o): maximum, sum of exp, weighted sum of V. Partials merge in order of position, whoever
-computed them, so splitting a context over threads, chunking a prompt or batching rows does not change bits (arXiv 1805.02867,
-2205.14135).
+A row is one query head of one token. Rows that share a KV head and a page table are computed together and share its
+loads. Scores of a span of 512 positions give a partial (m, l, o): maximum, sum of exp, weighted sum of V. Partials
+merge in order of position, whoever computed them, so splitting a context over threads, chunking a prompt or batching
+rows does not change bits (arXiv 1805.02867, 2205.14135).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from .simd import (
     vhmax,
     vload,
     vmax,
+    void,
     vsplat,
     vstore,
     vsum,
-    void,
     word,
 )
 
@@ -102,7 +102,9 @@ def make_scores(rows: int, element: str) -> Any:
 
 
 def make_values(rows: int, element: str) -> Any:
-    """Intrinsic values(p, v_page, count, o): o[r] += sum over positions i < count of p[r][i] * V[i]; o rows PART floats apart."""
+    """Intrinsic values(p, v_page, count, o): o[r] += sum over positions i < count of p[r][i] * V[i]; o rows PART floats
+    apart.
+    """
     size = 4 if element == "F32" else 2
 
     def emit(b: ir.IRBuilder, p: Any, page: Any, count: Any, o: Any) -> None:
@@ -124,7 +126,8 @@ def make_values(rows: int, element: str) -> Any:
 
 @kernel
 def softmax_part(s, limit, filled, part):  # type: ignore[no-untyped-def]
-    """Scores of one row -> weights in place, and m, l of its partial; o is zeroed. limit: positions this row may see, 1..SPAN;
+    """Scores of one row -> weights in place, and m, l of its partial; o is zeroed. limit: positions this row may see,
+    1..SPAN;
     filled: positions computed for the tile; weights beyond the limit become 0."""
     top = vsplat(f32(MINUS_INFINITY))
     for i in range(0, limit, LANES):
@@ -168,11 +171,13 @@ def finish(part, out):  # type: ignore[no-untyped-def]
 
 
 def make_span(rows: int, element: str) -> Any:
-    """span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts): partials of `rows` rows over one span.
+    """span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts): partials of `rows` rows over
+    one span.
 
-    Row r is head (first_row + r) % group of the token at position start + (first_row + r) // group. q: f32 (rows, 64), rotated and
-    scaled. first: first position of the span. pages: addresses of the sequence's pages; page_offset: this layer and head inside a
-    page. s: scratch f32 (rows, SPAN). parts: f32 (rows, PART). Rows that see nothing of the span get l = 0 and are not to be merged.
+    Row r is head (first_row + r) % group of the token at position start + (first_row + r) // group. q: f32 (rows, 64),
+    rotated and scaled. first: first position of the span. pages: addresses of the sequence's pages; page_offset: this
+    layer and head inside a page. s: scratch f32 (rows, SPAN). parts: f32 (rows, PART). Rows that see nothing of the
+    span get l = 0 and are not to be merged.
     """
     scores, values = make_scores(rows, element), make_values(rows, element)
 

@@ -3,7 +3,8 @@
     word     0        1       2      ...
             [n]      [dim]   [..]                 int64 counts, addresses, or the bits of an f32
 
-Kernels read a word by its index (`get_i64(block + 8 * B.dim)`), Python writes it by its name; both take the index from here.
+Kernels read a word by its index (`get_i64(block + 8 * B.dim)`), Python writes it by its name; both take the index from
+here.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ B = words(
     "pages layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head"
 )
 
-# One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, and int8 terms
-# of its activations (0: f32).
+# One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, and int8
+# terms of its activations (0: f32).
 W = words("matmul panel groups blocks step terms")
 
 # One layer: two norms (addresses of f32 (dim,)), then seven matrices of W.size words.
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 L = words("attn_norm ffn_norm " + " ".join(f"{m}_{i}" for m in MATRICES for i in range(W.size)))
-LAYER = constants(**{m: getattr(L, f"{m}_0") for m in MATRICES}, attn_norm=L.attn_norm, ffn_norm=L.ffn_norm, bytes=8 * L.size)
+LAYER = constants(
+    **{m: getattr(L, f"{m}_0") for m in MATRICES}, attn_norm=L.attn_norm, ffn_norm=L.ffn_norm, bytes=8 * L.size
+)
 
 # The team. Words that are spun on or added to stand on cache lines of their own.
 LINE = 64
@@ -78,7 +81,8 @@ def f32_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-# A thread's scratch: attention's q, scores, partials and a copy of one head; then one row of max_k floats; then an unpacked row group.
+# A thread's scratch: attention's q, scores, partials and a copy of one head; then one row of max_k floats; then an
+# unpacked row group.
 ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + SPAN + 2 * PART) + HEAD_DIM)
 
 

@@ -1,7 +1,8 @@
 """The compiling child: `python -m smolrun.kernels.build TIER NAME ...` writes each object to stdout as it is done.
 
-A process per tier, because LLVM's target is fixed at Numba's first compile; a child, because then the run-time never imports Numba
-(0.5 s and 90 MB) and a forced or foreign tier is the same road as the host's. Frames on stdout: one JSON line, then the bytes.
+A process per tier, because LLVM's target is fixed at Numba's first compile; a child, because then the run-time never
+imports Numba (0.5 s and 90 MB) and a forced or foreign tier is the same road as the host's. Frames on stdout: one JSON
+line, then the bytes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import time
 
 from .target import TIERS
 
-NAMES = (
-    "forward_f16 forward_f32 classify team_post worker_loop matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT "
-    "read_STREAMS rmsnorm swiglu rope quantise interleave"  # the first measures bandwidth, the others are exported for tests alone
-)
+NAMES = """forward_f16 forward_f32 classify team_post worker_loop
+matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
+read_STREAMS (measures bandwidth) rmsnorm swiglu rope quantise interleave (for tests alone)"""
 
 
 def _function(name: str):  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@
     per layer   0 norm, prepare      x -> act                             tokens are claimed
                 1-3 q, k, v          act -> qkv                           row groups are claimed
                 4 rope, store        qkv -> qkv, KV pages                 (token, KV head)
-                5 attention          qkv, pages -> qkv (over q)           (KV head, rows) or, for one token, (KV head, span)
+                5 attention          qkv, pages -> qkv (over q)           (KV head, rows); one token: (KV head, span)
                 0' prepare           qkv -> act                           tokens
                 o                    x += act                             row groups
                 norm, prepare        x -> act                             tokens
@@ -12,8 +12,8 @@
                 prepare, down        gate -> act; x += act                tokens; row groups
     final norm                                                            x -> out
 
-A barrier ends each phase. `classify` is a second entry: prefill needs logits of its last token only, and the classifier is 21 % of
-the 135M weights.
+A barrier ends each phase. `classify` is a second entry: prefill needs logits of its last token only, and the classifier
+is 21 % of the 135M weights.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .simd import (
     put_f32,
     store,
     vload,
+    void,
     vstore,
     vstore_half,
-    void,
     word,
 )
 from .target import RECORD_BYTES
@@ -51,10 +51,11 @@ copy_i16 = word(void, [i64, i64], lambda b, source, target: store(b, target, loa
 PASS = void(i64, i64)
 
 
-
 @kernel
 def prepare(block, row, k, t, terms, floats):  # type: ignore[no-untyped-def]
-    """Write token t's row of k floats as activations of the next matmuls: int8 of 1 or 2 terms (0: none), and f32 if `floats`."""
+    """Write token t's row of k floats as activations of the next matmuls: int8 of 1 or 2 terms (0: none), and f32 if
+    `floats`.
+    """
     n = get_i64(block + B.n)
     if terms:
         tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2))
@@ -171,7 +172,9 @@ def make_forward(element: str) -> Callable[..., None]:
             left = end_row - first_row
             rows = ROW_TILE if left >= ROW_TILE else (3 if left >= 3 else 1)
             for r in range(rows):
-                source = qkv + 4 * ((first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM)
+                source = qkv + 4 * (
+                    (first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM
+                )
                 for d in range(0, HEAD_DIM, 16):
                     vstore(q + 4 * (r * HEAD_DIM + d), vload(source + 4 * d))
             last = start + (first_row + rows - 1) // group
@@ -186,7 +189,9 @@ def make_forward(element: str) -> Callable[..., None]:
                         if get_f32(part + 4 * PART * r + 4) > f32(0.0):
                             merge(total + 4 * PART * r, part + 4 * PART * r)
             for r in range(rows):
-                target = qkv + 4 * ((first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM)
+                target = qkv + 4 * (
+                    (first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM
+                )
                 finish(total + 4 * PART * r, target)
             first_row += rows
 
@@ -258,7 +263,12 @@ def make_forward(element: str) -> Callable[..., None]:
                 break
             token = get_i64(get_i64(block + B.ids) + 8 * t)
             call_row(
-                get_i64(block + B.embed_row), get_i64(embed + W.panel), get_i64(embed + W.blocks), token, x + 4 * t * dim, unpacked
+                get_i64(block + B.embed_row),
+                get_i64(embed + W.panel),
+                get_i64(embed + W.blocks),
+                token,
+                x + 4 * t * dim,
+                unpacked,
             )
         if barrier(team, threads):
             return
@@ -342,7 +352,10 @@ def classify(block, tid):  # type: ignore[no-untyped-def]
     team, threads, n = get_i64(block + B.team), get_i64(block + B.threads), get_i64(block + B.n)
     counters, dim, head = get_i64(block + B.counters), get_i64(block + B.dim), get_i64(block + B.head)
     unpacked = (
-        get_i64(block + B.scratch) + tid * get_i64(block + B.scratch_bytes) + ATTENTION_SCRATCH + 4 * get_i64(block + B.max_k)
+        get_i64(block + B.scratch)
+        + tid * get_i64(block + B.scratch_bytes)
+        + ATTENTION_SCRATCH
+        + 4 * get_i64(block + B.max_k)
     )
     while True:
         t = claim(counters, 0, 1)

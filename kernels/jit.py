@@ -1,6 +1,7 @@
 """The one decorator of the kernels, and the way from a function to an object.
 
-Imported by the compiling child process only (build.py): the run-time links the objects it makes and never imports Numba.
+Imported by the compiling child process only (build.py): the run-time links the objects it makes and never imports
+Numba.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .target import TIERS
 # The tier this process compiles for.
 TIER = TIERS[os.environ["SMOLRUN_BUILD_TIER"]]
 
-# No exceptions, no bounds checks, no fast-math: what is left is arithmetic on addresses, and an object without Python symbols.
+# No exceptions, no bounds checks, no fast-math: what is left is arithmetic on addresses, and an object without Python
+# symbols.
 FLAGS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
 kernel = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)
 
@@ -26,8 +28,8 @@ kernel = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)
 def compile_c(name: str, function: Callable[..., Any], signature: Any, emit: str = "object") -> bytes:
     """Code of a function under the C symbol `name`; emit: "object" or "assembly".
 
-    Numba's own C wrapper reports exceptions through the Python API; ours is five lines of IR and needs nothing. Position independent
-    code of the small model, so that the same object may be linked into a shared library.
+    Numba's own C wrapper reports exceptions through the Python API; ours is five lines of IR and needs nothing.
+    Position independent code of the small model, so that the same object may be linked into a shared library.
     """
     dispatcher = kernel(function)
     dispatcher.compile(signature.args)

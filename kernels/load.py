@@ -2,8 +2,9 @@
 
     names -> cached objects (checked) -> missing ones: child process `build.py` -> cache -> linked by LLVM -> addresses
 
-A cached object is `sha256 of the rest (32 B) | relocatable object`, in a folder whose name is a hash of all that shaped it: the
-sources of this package, the versions of LLVM's and Numba's packages, the tier. Nothing is ever invalidated, only not found.
+A cached object is `sha256 of the rest (32 B) | relocatable object`, in a folder whose name is a hash of all that shaped
+it: the sources of this package, the versions of LLVM's and Numba's packages, the tier. Nothing is ever invalidated,
+only not found.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from .target import Tier
 
 Progress = Callable[[int, int, str], None]
 _LOCK = threading.Lock()
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from smolrun.kernels.build import main; main(sys.argv[2], sys.argv[3:])"
+_CHILD = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from smolrun.kernels.build import main
+main(sys.argv[2], sys.argv[3:])
+"""
 
 
 class BuildError(RuntimeError):

@@ -1,18 +1,21 @@
 """y = x W^T for every weight format: one tile generator, parameters format x activation mode x instruction set.
 
-Letters: w panel of weights (panels.py), x activations, y f32 (tokens, y_stride); nb blocks of 32 along k; T tokens of a tile.
+Letters: w panel of weights (panels.py), x activations, y f32 (tokens, y_stride); nb blocks of 32 along k; T tokens of a
+tile.
 
-Activations are laid out tile by tile, so that a tile reads one stream. For int8 a token's block is a record of 64 bytes:
+Activations are laid out tile by tile, so that a tile reads one stream. For int8 a token's block is a record of 64
+bytes:
 
     byte 0      32       36          40         44         48          52         56         60
          32xi8  f32 d    f32 d*sum   -8*sum     -16*sum    -128*sum    -32*lo     -32*hi     unused      sums are i32
-    x = d * q; sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the integer dot product exactly.
-    tile of S tokens: [block][token][term], S = T but for the last tile; the second term holds q2 of x = d (q + q2 / 254)
+    x = d * q; sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the dot product exactly.
+    tile of S tokens: [block][token][term], S = T but for the last tile; term 2 holds q2 of x = d (q + q2 / 254)
 
     f32 mode: tile of S tokens: [k][token] f32
 
-Order of every sum, the same for any T, thread and CPU: integers inside a block (exact), then one fma per scale group, k upwards.
-T tokens share the load and the unpacking of a quad: weights live in registers, activations are broadcast from memory.
+Order of every sum, the same for any T, thread and CPU: integers inside a block (exact), then one fma per scale group, k
+upwards. T tokens share the load and the unpacking of a quad: weights live in registers, activations are broadcast from
+memory.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(32, 60, 4)  # byte offsets i
 MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
 
 
-# ---- unpacking: panel bytes -> quads and scales ---------------------------------------------------------------------------------
+# ---- unpacking: panel bytes -> quads and scales ----------------------------------------------------------------------
 
 
 class Record:
@@ -86,7 +89,8 @@ class Record:
         """Bits [shift, shift + bits) of every byte."""
         b = self.b
         if shift:
-            wide = b.bitcast(vector, V32I16)  # there is no byte shift: shift pairs, the mask cuts what came from the neighbour
+            # there is no byte shift: shift pairs, the mask cuts what came from the neighbour
+            wide = b.bitcast(vector, V32I16)
             vector = b.bitcast(b.lshr(wide, const(V32I16, shift)), V64I8)
         return b.and_(vector, const(V64I8, (1 << bits) - 1))
 
@@ -120,7 +124,7 @@ class Record:
         return b.fmul(d, b.sitofp(sub, V16F32)), None
 
 
-# ---- integer dot products of quads ----------------------------------------------------------------------------------------------
+# ---- integer dot products of quads -----------------------------------------------------------------------------------
 
 
 def _pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
@@ -243,7 +247,7 @@ class PlainDots(Dots):
 DOTS: dict[str, type[Dots]] = {"vnni512": VnniDots, "vnni256": VnniDots, "maddubs": MaddubsDots, "plain": PlainDots}
 
 
-# ---- tiles ----------------------------------------------------------------------------------------------------------------------
+# ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
 def _zero_point(panel: Panel, group: int) -> int | None:
@@ -255,7 +259,9 @@ def _zero_point(panel: Panel, group: int) -> int | None:
     return {0: None, 8: SUM8, 16: SUM16, 128: SUM128}[panel.zero]
 
 
-def _int8_block(b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, block: ir.Value, x: list[ir.Value], acc: list[ir.Value]) -> None:
+def _int8_block(
+    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, block: ir.Value, x: list[ir.Value], acc: list[ir.Value]
+) -> None:
     """acc[t] += block's dot product with token t; x[t] is the address of the token's record."""
     record = Record(b, panel, w, block)
     addresses = [at(b, token, 64 * term) for token in x for term in range(terms)]
@@ -280,7 +286,9 @@ def _int8_block(b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, block: i
             b.store(total, acc[t])
 
 
-def _float_block(b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value, x: list[list[ir.Value]], acc: list[list[ir.Value]]) -> None:
+def _float_block(
+    b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value, x: list[list[ir.Value]], acc: list[list[ir.Value]]
+) -> None:
     """acc[r][t] += 32 k; x[kk][t] addresses of activations, w of the row groups r."""
     size = panel.record_bytes // BLOCK
     for kk in range(BLOCK):
@@ -309,12 +317,16 @@ def make_tile(panel: Panel, terms: int, tokens: int, groups: int = 1) -> Any:
             if terms:
                 row_of = b.add(x, b.mul(b.mul(loop.index, slots), ir.Constant(I64, element)))
                 for start, row in zip(starts, acc, strict=True):
-                    _int8_block(b, panel, terms, start, loop.index, [at(b, row_of, element * t) for t in range(tokens)], row)
+                    _int8_block(
+                        b, panel, terms, start, loop.index, [at(b, row_of, element * t) for t in range(tokens)], row
+                    )
             else:
                 step = b.mul(slots, ir.Constant(I64, element))
                 row_of = b.add(x, b.mul(b.mul(loop.index, step), ir.Constant(I64, BLOCK)))
                 rows = [b.add(row_of, b.mul(step, ir.Constant(I64, kk))) for kk in range(BLOCK)]
-                _float_block(b, panel, starts, loop.index, [[at(b, a, 4 * t) for t in range(tokens)] for a in rows], acc)
+                _float_block(
+                    b, panel, starts, loop.index, [[at(b, a, 4 * t) for t in range(tokens)] for a in rows], acc
+                )
         for r, row in enumerate(acc):
             for t, a in enumerate(row):
                 out = b.add(at(b, y, 4 * ROWS * r), b.mul(y_stride, ir.Constant(I64, 4 * t)))
@@ -327,21 +339,23 @@ def make_tile(panel: Panel, terms: int, tokens: int, groups: int = 1) -> Any:
     return word(void, [i64] * 7, emit)
 
 
-# ---- whole matrices -------------------------------------------------------------------------------------------------------------
+# ---- whole matrices --------------------------------------------------------------------------------------------------
 
 
 def make_matmul(name: str, terms: int) -> Callable[..., None]:
     """matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch): row groups g0..g1 of y (+)= x W^T.
 
-    name: format; terms: 1 int8, 2 int8x2, 0 f32 activations. y_stride in floats. scratch: f32 (32 nb, 16), used by the f32 mode of
-    quantised formats, which is `unpack` and then the f32 tile.
+    name: format; terms: 1 int8, 2 int8x2, 0 f32 activations. y_stride in floats. scratch: f32 (32 nb, 16), used by the
+    f32 mode of quantised formats, which is `unpack` and then the f32 tile.
     """
     panel = PANELS[name]
     if terms == 0 and not panel.is_float:
         return _make_unpacked_matmul(name)
     group_record = panel.record_bytes // panel.blocks
     full = token_tile(TIER, terms)
-    wide = 4 if panel.is_float else 1  # row groups at once for one token: a float sum is one chain of fma, four hide its latency
+    wide = (
+        4 if panel.is_float else 1
+    )  # row groups at once for one token: a float sum is one chain of fma, four hide its latency
     tile_full, tile_4, tile_1 = (make_tile(panel, terms, t) for t in (full, 4, 1))
     tile_wide = make_tile(panel, terms, 1, wide)
     element = BLOCK * 4 if terms == 0 else RECORD_BYTES * terms  # bytes of a token's block
@@ -361,7 +375,15 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
                     out = y + ((t0 + j) * y_stride + g0 * ROWS) * 4
                     if slots - j >= 4 and full >= 4:
                         for g in range(g1 - g0):
-                            tile_4(w + (g0 + g) * nb * group_record, nb, tile + j * slot, slots, out + g * 64, y_stride, add)
+                            tile_4(
+                                w + (g0 + g) * nb * group_record,
+                                nb,
+                                tile + j * slot,
+                                slots,
+                                out + g * 64,
+                                y_stride,
+                                add,
+                            )
                         j += 4
                     else:
                         g = g0
@@ -424,7 +446,9 @@ ROW = void(i64, i64, i64, i64, i64)  # w, nb, row, out, scratch
 
 
 def make_row(name: str) -> Callable[..., None]:
-    """row(w, nb, row, out, scratch): one row of the matrix as f32 (32 nb,): an embedding look-up. scratch: f32 (32 nb, 16)."""
+    """row(w, nb, row, out, scratch): one row of the matrix as f32 (32 nb,): an embedding look-up. scratch: f32 (32 nb,
+    16).
+    """
     unpack, group_record = make_unpack(name), PANELS[name].record_bytes // PANELS[name].blocks
 
     def row(w, nb, row, out, scratch):  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
 """Panels: the one layout of weights that every CPU reads, and the way from a file's blocks into it and back.
 
-16 rows make a row group. Along k a row group is a row of records; a record holds one 32-wide block of 16 rows (K-quants: eight of
-them) as bit planes, then the scales of the 16 rows. A quad is 4 neighbouring k of one row: 4 bytes, one lane of i32x16.
+16 rows make a row group. Along k a row group is a row of records; a record holds one 32-wide block of 16 rows
+(K-quants: eight of them) as bit planes, then the scales of the 16 rows. A quad is 4 neighbouring k of one row: 4 bytes,
+one lane of i32x16.
 
     8-bit plane, 512 B    vector j (64 B) = quad j of rows 0..15                                   j = 0..7
     4-bit plane, 256 B    vector j        = quad j in the low nibbles, quad j + 4 in the high ones   j = 0..3
@@ -14,7 +15,8 @@ them) as bit planes, then the scales of the 16 rows. A quad is 4 neighbouring k 
     Q6_K  8 x [4-bit plane][2-bit plane], [16 subs][16 rows] i8, [16 x f16 d]     3,360 B = 16 x 210
     F32, F16, BF16        k vectors of 16 rows
 
-A weight is S * (u - zero) + M with the unsigned u of the planes. Rows beyond the matrix are zero, k is a multiple of the block.
+A weight is S * (u - zero) + M with the unsigned u of the planes. Rows beyond the matrix are zero, k is a multiple of
+the block.
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ def _pack_q8_0(raw: Bytes) -> Bytes:
 def _pack_q6_k(raw: Bytes) -> Bytes:
     blocks = raw.reshape(len(raw), -1, 210)
     low, high, subs, d = blocks[..., :128], blocks[..., 128:192], blocks[..., 192:208], blocks[..., 208:]
-    # file: two halves of 128 k; k = 32 f + i lives in low[half, (f & 1) * 32 + i] nibble f >> 1, and in high[half, i] bits 2f, 2f + 1
+    # file: two halves of 128 k; k = 32 f + i lives in low[half, (f & 1) * 32 + i] nibble f >> 1, and in high[half, i]
+    # bits 2f, 2f + 1
     low = low.reshape(*low.shape[:2], 2, 1, 2, 32)
     nibbles = np.concatenate([low & 15, low >> 4], axis=3)  # (rows, records, half, f >> 1, f & 1, 32)
     nibbles = nibbles.reshape(*nibbles.shape[:2], 8, 32)  # (rows, records, block, 32)
@@ -160,7 +163,9 @@ def pack(name: str, raw: Bytes, rows: int, out: Bytes | None = None) -> Bytes:
     records = matrix.shape[1] * ROWS // panel.record_bytes
     shape = (-(-rows // ROWS), records, panel.record_bytes)
     target = np.empty(shape, np.uint8) if out is None else out.reshape(shape)
-    step = max(1, (1 << 20) // (records * panel.record_bytes))  # about 1 MB at a time stays in cache and bounds the copies
+    step = max(
+        1, (1 << 20) // (records * panel.record_bytes)
+    )  # about 1 MB at a time stays in cache and bounds the copies
     for first in range(0, shape[0], step):
         part = matrix[first * ROWS : (first + step) * ROWS]
         short = -len(part) % ROWS

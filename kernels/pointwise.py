@@ -1,4 +1,6 @@
-"""Row-wise kernels: RMSNorm, SwiGLU, RoPE, and the preparation of activations for a matmul (layouts drawn in matmul.py)."""
+"""Row-wise kernels: RMSNorm, SwiGLU, RoPE, and the preparation of activations for a matmul (layouts drawn in
+matmul.py).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from numba.core import cgutils
 
 from .block import HEAD_DIM
 from .jit import kernel
-from .matmul import D, DSUM, HIGH32, LOW32, SUM8, SUM16, SUM128
+from .matmul import DSUM, HIGH32, LOW32, SUM8, SUM16, SUM128, D
 from .simd import (
     I64,
     V16I32,
@@ -42,7 +44,9 @@ from .simd import (
 )
 from .target import RECORD_BYTES
 
-TINY = 1e-30  # blocks whose largest value is below this are zero: their scale would be denormal and its inverse infinite
+TINY = (
+    1e-30  # blocks whose largest value is below this are zero: their scale would be denormal and its inverse infinite
+)
 
 
 @kernel
@@ -98,7 +102,9 @@ def _record(q0, q1, d, dsum, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def quantise(x, n, terms, out, stride):  # type: ignore[no-untyped-def]
-    """x[n] -> int8 records, `stride` bytes from block to block: x ~ d (q1 + q2 / 254) with d = max|x| / 127 over 32 values."""
+    """x[n] -> int8 records, `stride` bytes from block to block: x ~ d (q1 + q2 / 254) with d = max|x| / 127 over 32
+    values.
+    """
     for b in range(n // 32):
         x0, x1 = vload(x + 128 * b), vload(x + 128 * b + 64)
         top = vhmax(vmax(vabs(x0), vabs(x1)))
@@ -129,7 +135,8 @@ READ = i64(i64, i64, i64)  # address, bytes, passes
 
 
 def make_read(streams: int) -> Callable[..., int]:
-    """read(address, bytes, passes): a sum over memory read in `streams` parallel streams, to measure what a core can read.
+    """read(address, bytes, passes): a sum over memory read in `streams` parallel streams, to measure what a core can
+    read.
 
     bytes: a multiple of 512 * streams. The sum is returned so that no load is dropped.
     """
@@ -141,7 +148,9 @@ def make_read(streams: int) -> Callable[..., int]:
             b.store(const(V16I32, 0), s)
         with cgutils.for_range(b, b.sdiv(part, ir.Constant(I64, 256)), intp=I64) as loop:
             for i, s in enumerate(sums):
-                first = b.add(address, b.add(b.mul(part, ir.Constant(I64, i)), b.mul(loop.index, ir.Constant(I64, 256))))
+                first = b.add(
+                    address, b.add(b.mul(part, ir.Constant(I64, i)), b.mul(loop.index, ir.Constant(I64, 256)))
+                )
                 for offset in range(0, 256, 64):
                     b.store(b.add(b.load(s), load(b, at(b, first, offset), V16I32)), s)
         total = b.load(sums[0])

@@ -2,10 +2,11 @@
 
     f32x16, i32x16      16 lanes; AVX-512 holds them in one register, AVX2 in two, NEON in four (LLVM splits them)
 
-A lane is a row of a matrix, a position of the KV cache, or one of 16 neighbours in an activation. No fast-math flag is ever set and
-every multiply-add that is meant to be fused is written `fma`, so that a sum has one order and one rounding everywhere. Two layers:
-`emit_*` functions write LLVM IR and are shared with the tile generators of matmul.py and attention.py; the intrinsics below them
-are the same words for Numba code. Addresses are plain int64: kernels see no arrays.
+A lane is a row of a matrix, a position of the KV cache, or one of 16 neighbours in an activation. No fast-math flag is
+ever set and every multiply-add that is meant to be fused is written `fma`, so that a sum has one order and one rounding
+everywhere. Two layers: `emit_*` functions write LLVM IR and are shared with the tile generators of matmul.py and
+attention.py; the intrinsics below them are the same words for Numba code. Addresses are plain int64: kernels see no
+arrays.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _VecModel(models.PrimitiveModel):  # type: ignore[misc]
 f32x16, i32x16 = Vec("f32"), Vec("i32")
 
 
-# ---- IR emitters, shared with the tile generators -------------------------------------------------------------------------------
+# ---- IR emitters, shared with the tile generators --------------------------------------------------------------------
 
 
 def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
@@ -101,8 +102,8 @@ def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value
 def emit_half_to_f32(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     """16 x i16 holding IEEE halves -> f32x16, exactly.
 
-    Where the CPU has no F16C, `fpext half` would call a function the JIT lacks. There: shift exponent and mantissa into place,
-    scale by 2^112 (exact, denormals included), and put infinities and NaNs back.
+    Where the CPU has no F16C, `fpext half` would call a function the JIT lacks. There: shift exponent and mantissa into
+    place, scale by 2^112 (exact, denormals included), and put infinities and NaNs back.
     """
     if TIER.half:
         return b.fpext(b.bitcast(bits, V16F16), V16F32)
@@ -122,7 +123,9 @@ def emit_f32_to_half(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     bits = b.bitcast(value, V16I32)
     magnitude = b.and_(bits, const(V16I32, 0x7FFFFFFF))
     odd = b.and_(b.lshr(magnitude, const(V16I32, 13)), const(V16I32, 1))
-    rounded = b.lshr(b.add(b.sub(magnitude, const(V16I32, 112 << 23)), b.add(odd, const(V16I32, 0xFFF))), const(V16I32, 13))
+    rounded = b.lshr(
+        b.add(b.sub(magnitude, const(V16I32, 112 << 23)), b.add(odd, const(V16I32, 0xFFF))), const(V16I32, 13)
+    )
     tiny = b.bitcast(b.fadd(b.bitcast(magnitude, V16F32), const(V16F32, 0.5)), V16I32)  # the FPU rounds at 2^-24 for us
     small = b.icmp_unsigned("<", magnitude, const(V16I32, 113 << 23))
     half = b.select(small, b.sub(tiny, const(V16I32, 0x3F000000)), rounded)
@@ -146,7 +149,7 @@ def broadcast_f32(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return splat(b, load(b, address, F32))
 
 
-# ---- the same words for Numba code ----------------------------------------------------------------------------------------------
+# ---- the same words for Numba code -----------------------------------------------------------------------------------
 
 
 def word(result: types.Type, args: Sequence[types.Type], emit: Callable[..., Any]) -> Any:
@@ -198,7 +201,9 @@ vmax = word(f32x16, [f32x16, f32x16], lambda b, x, y: _pick(b, ">", x, y))
 vmin = word(f32x16, [f32x16, f32x16], lambda b, x, y: _pick(b, "<", x, y))
 
 
-def _tree(combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]) -> Callable[[ir.IRBuilder, ir.Value], ir.Value]:
+def _tree(
+    combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value],
+) -> Callable[[ir.IRBuilder, ir.Value], ir.Value]:
     """Fold 16 lanes in one order: lane i with i+8, then i+4, i+2, i+1."""
 
     def emit(b: ir.IRBuilder, v: ir.Value) -> ir.Value:
@@ -207,7 +212,9 @@ def _tree(combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]) -> Ca
             lanes //= 2
             undefined = ir.Constant(v.type, ir.Undefined)
             low, high = (
-                b.shuffle_vector(v, undefined, ir.Constant(ir.VectorType(I32, lanes), list(range(first, first + lanes))))
+                b.shuffle_vector(
+                    v, undefined, ir.Constant(ir.VectorType(I32, lanes), list(range(first, first + lanes)))
+                )
                 for first in (0, lanes)
             )
             v = combine(b, low, high)
@@ -300,7 +307,7 @@ def call_word(result: types.Type, args: Sequence[types.Type]) -> Any:
     return word(result, [i64, *args], emit)
 
 
-# ---- exp ------------------------------------------------------------------------------------------------------------------------
+# ---- exp -------------------------------------------------------------------------------------------------------------
 
 
 @kernel

@@ -6,8 +6,9 @@
     avx2         x86-64-v3                 vpmaddubsw ymm      Haswell, Zen 1 and later
     generic      the architecture's base   LLVM vectors only   everything else
 
-A tier fixes CPU name and feature string, never "the host": an object compiled on one machine is the same on another, and LLVM
-aborts the process on an intrinsic the target lacks, so the two must not be guessed apart. All tiers compute the same bits.
+A tier fixes CPU name and feature string, never "the host": an object compiled on one machine is the same on another,
+and LLVM aborts the process on an intrinsic the target lacks, so the two must not be guessed apart. All tiers compute
+the same bits.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def choose() -> Tier:
     """The tier to use: the best one, or the one named by SMOLRUN_TIER.
 
     Raises:
-        RuntimeError: SMOLRUN_TIER names a tier that does not exist or that this CPU cannot run, or nothing fits this CPU.
+        RuntimeError: SMOLRUN_TIER names a tier that does not exist or that this CPU cannot run, or nothing fits this
+        CPU.
     """
     can = runnable()
     names = ", ".join(t.name for t in can)

@@ -1,7 +1,8 @@
 """The team: threads that run one function together and meet at barriers.
 
-Every thread calls the same pass(block, tid). A matrix's row groups are claimed through an atomic counter, so a thread that the
-system has put aside costs its own claim and not half of the matrix; each output has one writer, so claims never change bits.
+Every thread calls the same pass(block, tid). A matrix's row groups are claimed through an atomic counter, so a thread
+that the system has put aside costs its own claim and not half of the matrix; each output has one writer, so claims
+never change bits.
 
     Python thread 0            worker (a Python thread inside `worker_loop`, without the GIL)
     team_post: job, gen += 1   spin on gen ... sees it: job(argument, tid)
@@ -80,7 +81,9 @@ def worker_loop(team, tid, seen):  # type: ignore[no-untyped-def]
             spin(team, i)
             i += 1
         else:
-            atomic_swap(asleep, 1)  # first the flag, then a last look: a job posted in between is seen by one of the two
+            atomic_swap(
+                asleep, 1
+            )  # first the flag, then a last look: a job posted in between is seen by one of the two
             if atomic_get(team + T.generation) == seen:
                 return seen
             atomic_swap(asleep, 0)

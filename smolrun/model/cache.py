@@ -1,7 +1,9 @@
-"""The KV cache: pages of 64 positions, a table of them per slot, and the slot with the longest common prefix for every prompt.
+"""The KV cache: pages of 64 positions, a table of them per slot, and the slot with the longest common prefix for every
+prompt.
 
-    slot A  ids 1 9 7 ...   pages [p0][p1][p2]           full pages are shared between slots (p0), a half-full one is copied
-    slot B  ids 1 9 8 ...   pages [p0][p3]               before it is written; all slots together stay within `capacity` pages
+slot A  ids 1 9 7 ...   pages [p0][p1][p2]           full pages are shared between slots (p0), a half-full one is copied
+slot B  ids 1 9 8 ...   pages [p0][p3]               before it is written; all slots together stay within `capacity`
+pages
 """
 
 from __future__ import annotations

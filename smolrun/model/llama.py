@@ -23,9 +23,14 @@ from smolrun.model.workers import Team, available_cores
 Floats = NDArray[np.float32]
 MODES = ("f32", "int8", "int8x2")  # activations by their int8 terms
 _ALL = (*MATRICES, "head")
-# int8 terms of the activations of each matrix. "fast" keeps two for the classifier: prefill runs it for one row only and decode waits
-# for its memory anyway, and one term there made a fifth of the error (KL 3.75e-3 -> 2.96e-3, perplexity +0.41 % -> +0.24 %).
-PRECISION = {"fast": dict.fromkeys(MATRICES, 1) | {"head": 2}, "exact": dict.fromkeys(_ALL, 2), "f32": dict.fromkeys(_ALL, 0)}
+# int8 terms of the activations of each matrix. "fast" keeps two for the classifier: prefill runs it for one row only
+# and decode waits for its memory anyway, and one term there made a fifth of the error (KL 3.75e-3 -> 2.96e-3,
+# perplexity +0.41 % -> +0.24 %).
+PRECISION = {
+    "fast": dict.fromkeys(MATRICES, 1) | {"head": 2},
+    "exact": dict.fromkeys(_ALL, 2),
+    "f32": dict.fromkeys(_ALL, 0),
+}
 LOGIT_ROWS = 28  # rows of one classifier pass; bounds its buffer, 200 KB a row
 ROPE_STEP = 512
 
@@ -93,7 +98,9 @@ class Llama:
         self.cache = KVCache(memory.page_bytes(c, kv), self.context)
         self._theta = c.rope_theta
         self._rope_filled = 0
-        sizes = memory.buffer_sizes(c, chunk=chunk, terms=max(PRECISION[precision].values()), threads=self.threads, context=self.context)
+        sizes = memory.buffer_sizes(
+            c, chunk=chunk, terms=max(PRECISION[precision].values()), threads=self.threads, context=self.context
+        )
         sizes["counters"] = LINE * (2 + c.n_layers * PHASES)
         sizes["rope"] = 4 * 64 * self.context
         sizes["logits"] = 4 * LOGIT_ROWS * ROWS * int(self.weights.head[2])
@@ -117,14 +124,27 @@ class Llama:
         head_bytes = 2 * PAGE * c.head_dim * size
         embed = "row_" + next(n for n in code if n.startswith("row_")).removeprefix("row_")
         values: dict[str, int] = {
-            "threads": self.threads, "dim": c.dim, "hidden_dim": c.hidden_dim, "n_layers": c.n_layers, "n_heads": c.n_heads,
-            "n_kv_heads": c.n_kv_heads, "eps": f32_bits(c.norm_eps), "tile_f32": token_tile(self.tier, 0),
-            "tile_1": token_tile(self.tier, 1), "tile_2": token_tile(self.tier, 2), "max_k": max(c.dim, c.hidden_dim, c.q_dim),
-            "scratch_bytes": sizes["scratch"] // self.threads, "head_bytes": head_bytes, "layer_bytes": c.n_kv_heads * head_bytes,
-            "value_offset": PAGE * c.head_dim * size, "layers": self.weights.layers.ctypes.data,
-            "final_norm": self.weights.final_norm, "embed_row": code[embed], "embed": self.weights.embed.ctypes.data,
+            "threads": self.threads,
+            "dim": c.dim,
+            "hidden_dim": c.hidden_dim,
+            "n_layers": c.n_layers,
+            "n_heads": c.n_heads,
+            "n_kv_heads": c.n_kv_heads,
+            "eps": f32_bits(c.norm_eps),
+            "tile_f32": token_tile(self.tier, 0),
+            "tile_1": token_tile(self.tier, 1),
+            "tile_2": token_tile(self.tier, 2),
+            "max_k": max(c.dim, c.hidden_dim, c.q_dim),
+            "scratch_bytes": sizes["scratch"] // self.threads,
+            "head_bytes": head_bytes,
+            "layer_bytes": c.n_kv_heads * head_bytes,
+            "value_offset": PAGE * c.head_dim * size,
+            "layers": self.weights.layers.ctypes.data,
+            "final_norm": self.weights.final_norm,
+            "embed_row": code[embed],
+            "embed": self.weights.embed.ctypes.data,
             "head": self.weights.head.ctypes.data,
-        }  # fmt: skip
+        }
         values |= {name: self._arena.address(name) for name in sizes}
         block: NDArray[np.int64] = np.zeros(B.size, np.int64)
         for name, value in values.items():
@@ -171,7 +191,9 @@ class Llama:
             raise OptionError(f"{n} ids in one call: expected 1..{self.chunk}")
         array = np.asarray(ids, np.int64)
         if array.min() < 0 or array.max() >= self.config.vocab_size:
-            raise OptionError(f"id {array.min() if array.min() < 0 else array.max()}: expected 0..{self.config.vocab_size - 1}")
+            raise OptionError(
+                f"id {array.min() if array.min() < 0 else array.max()}: expected 0..{self.config.vocab_size - 1}"
+            )
         self.cache.reserve(slot, start + n)
         self._extend_rope(start + n)
         self._arena.arrays["ids"].view(np.int64)[:n] = array
@@ -180,7 +202,8 @@ class Llama:
                 self._team.cancel(False)
             raise Cancelled
         slot.ids.extend(array.tolist())
-        return self._array("out")[: n * self.config.dim].reshape(n, -1).copy()
+        hidden: Floats = self._array("out")[: n * self.config.dim].reshape(n, -1).copy()
+        return hidden
 
     def logits(self, hidden: Floats) -> Floats:
         """Next-token logits of hidden states (n, dim): float32 (n, vocab_size)."""
@@ -195,7 +218,9 @@ class Llama:
                 if self._team is not None:
                     self._team.cancel(False)
                 raise Cancelled
-            out[first : first + len(part)] = self._array("logits")[: len(part) * width].reshape(-1, width)[:, : c.vocab_size]
+            out[first : first + len(part)] = self._array("logits")[: len(part) * width].reshape(-1, width)[
+                :, : c.vocab_size
+            ]
         return out
 
     def _extend_rope(self, n: int) -> None:

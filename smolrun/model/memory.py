@@ -35,12 +35,12 @@ class Estimate:
 def panel_bytes(name: str, rows: int, cols: int) -> int:
     """Bytes of a (rows, cols) matrix of a format as panels."""
     panel = PANELS[name]
-    return -(-rows // ROWS) * (cols // BLOCK // panel.blocks) * panel.record_bytes
+    return int(-(-rows // ROWS) * (cols // BLOCK // panel.blocks) * panel.record_bytes)
 
 
 def page_bytes(config: ModelConfig, kv: str) -> int:
     """Bytes of one KV page: 64 positions of every layer and head, K and V."""
-    return config.n_layers * config.n_kv_heads * 2 * PAGE * HEAD_DIM * KV_SIZE[kv]
+    return int(config.n_layers * config.n_kv_heads * 2 * PAGE * HEAD_DIM * KV_SIZE[kv])
 
 
 def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, context: int) -> dict[str, int]:
@@ -62,7 +62,9 @@ def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, c
     }
 
 
-def estimate(config: ModelConfig, tensors: Iterable[tuple[str, int, int]], context: int, kv: str = "f16", threads: int = 1) -> Estimate:
+def estimate(
+    config: ModelConfig, tensors: Iterable[tuple[str, int, int]], context: int, kv: str = "f16", threads: int = 1
+) -> Estimate:
     """Memory of a loaded model at a full context.
 
     Args:

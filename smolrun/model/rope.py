@@ -16,8 +16,11 @@ _TERMS = 10  # Taylor terms on |r| <= pi / 4: the next one is below 1e-21
 
 
 def frequencies(theta: float) -> NDArray[np.float64]:
-    """theta ** (-2 i / head_dim) for i < head_dim / 2, rounded once to f32 as transformers does; shape (head_dim / 2,)."""
-    with localcontext(prec=40):
+    """theta ** (-2 i / head_dim) for i < head_dim / 2, rounded once to f32 as transformers does; shape (head_dim /
+    2,).
+    """
+    with localcontext() as context:
+        context.prec = 40
         exact = [Decimal(theta) ** (Decimal(-2 * i) / HEAD_DIM) for i in range(HEAD_DIM // 2)]
     return np.array([float(f) for f in exact]).astype(np.float32).astype(np.float64)
 

@@ -20,7 +20,15 @@ QUANTIZE = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q8_0": "Q8_0", "f16": "F16", "bf16"
 CLAIM_BYTES = 128 << 10  # panels of one claim: they stay in the L2 cache while all tokens pass over them
 STEP_ROWS = 1024  # rows converted at once
 
-_TENSOR = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+_TENSOR = {
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
 
 
 def kind_of(name: str) -> str:
@@ -64,7 +72,9 @@ class Matrix:
         for first in range(0, self.rows, STEP_ROWS):
             blocks = np.ascontiguousarray(raw[first : first + STEP_ROWS]).view(FORMATS[t.format].dtype)
             values = dequantize_ref(FORMATS[t.format], blocks).reshape(len(blocks), -1)
-            parts.append(np.ascontiguousarray(quantize_ref(FORMATS[self.format], values)).view(np.uint8).reshape(len(values), -1))
+            parts.append(
+                np.ascontiguousarray(quantize_ref(FORMATS[self.format], values)).view(np.uint8).reshape(len(values), -1)
+            )
         pack(self.format, np.concatenate(parts), self.rows, out)
 
 
@@ -82,10 +92,14 @@ def plan(checkpoint: Checkpoint, quantize: str | None) -> dict[str, Matrix]:
         if len(tensor.shape) != 2:
             continue
         if tensor.format not in PANELS:
-            raise UnsupportedModel(f"{name} is {tensor.format}; this version runs {', '.join(PANELS)} (requantise the file)")
+            raise UnsupportedModel(
+                f"{name} is {tensor.format}; this version runs {', '.join(PANELS)} (requantise the file)"
+            )
         wanted = QUANTIZE[quantize.lower()] if quantize else tensor.format
         if wanted != tensor.format and not PANELS[tensor.format].is_float:
-            raise OptionError(f"quantize={quantize!r}: {name} is {tensor.format} already; quantise from F32, F16 or BF16 weights")
+            raise OptionError(
+                f"quantize={quantize!r}: {name} is {tensor.format} already; quantise from F32, F16 or BF16 weights"
+            )
         matrices[name] = Matrix(tensor, wanted)
     return matrices
 
@@ -113,7 +127,7 @@ class Weights:
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         norms = [n for n, t in checkpoint.tensors.items() if len(t.shape) == 1]
-        sizes = {name: m.bytes for name, m in matrices.items()} | {n: 4 * config.dim for n in norms}
+        sizes = {name: m.bytes for name, m in matrices.items()} | dict.fromkeys(norms, 4 * config.dim)
         arena = Arena(sizes)
         self._arena = arena
         self.bytes = sum(m.bytes for m in matrices.values())

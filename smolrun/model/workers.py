@@ -47,13 +47,14 @@ class _State:
         for lock in self.locks:
             lock.acquire()
         self.workers = [
-            threading.Thread(target=_work, args=(self, tid), name=f"smolrun-{tid}", daemon=True) for tid in range(1, threads)
+            threading.Thread(target=_work, args=(self, tid), name=f"smolrun-{tid}", daemon=True)
+            for tid in range(1, threads)
         ]
         for worker in self.workers:
             worker.start()
 
     def asleep(self, tid: int) -> int:
-        return (T.asleep + tid * LINE) // 8
+        return int(T.asleep + tid * LINE) // 8
 
 
 def _work(state: _State, tid: int) -> None:
@@ -86,7 +87,9 @@ class Team:
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"threads must be 1..{MAX_THREADS}, not {threads}")
         self._kernels, self.threads = dict(kernels), threads
-        self._jobs = {name: c_function(address, 2) for name, address in kernels.items() if name in ("classify", "forward")}
+        self._jobs = {
+            name: c_function(address, 2) for name, address in kernels.items() if name in ("classify", "forward")
+        }
         self._start()
 
     def _start(self) -> None:
@@ -99,7 +102,7 @@ class Team:
         if self._state.pid != os.getpid():
             self._finalizer.detach()
             self._start()
-        return self._state.address
+        return int(self._state.address)
 
     def run(self, job: str, block: int) -> bool:
         """Run "forward" or "classify" on a block; False when it was cancelled."""
