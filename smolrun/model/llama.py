@@ -67,12 +67,12 @@ class Llama:
             raise OptionError(f"kv={kv!r}: expected one of {', '.join(memory.KV_SIZE)}")
         c = checkpoint.config
         self.config: ModelConfig = c
-        self.context = self._context(context)
         self.threads = available_cores() if threads is None else threads
         if not 1 <= self.threads <= 256:
             raise OptionError(f"threads={threads}: expected 1..256")
         self.chunk, self.precision, self.kv = chunk, precision, kv
         matrices = plan(checkpoint, quantize)
+        self.context = self._context(context, sum(m.bytes for m in matrices.values()))
         formats = {name: m.format for name, m in matrices.items()}
 
         def terms(fmt: str, matrix: str) -> int:
@@ -111,10 +111,10 @@ class Llama:
 
     load = classmethod(lambda cls, checkpoint, **options: cls(checkpoint, **options))
 
-    def _context(self, wanted: int | None) -> int:
+    def _context(self, wanted: int | None, weights: int) -> int:
         limit = self.config.max_positions
         if wanted is None:
-            return limit
+            return memory.default_context(self.config, weights, self.kv)
         if not 1 <= wanted <= limit:
             raise OptionError(f"context={wanted}: expected 1..{limit:,}, the positions this model was trained for")
         return wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from smolrun.kernels.block import HEAD_DIM, PAGE, PART, SPAN, scratch_bytes
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
 from smolrun.kernels.target import RECORD_BYTES
 
+LEAST_CONTEXT = 512  # positions; the default goes no lower, however little memory there is
 KV_SIZE = {"f32": 4, "f16": 2}
 CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
 
@@ -77,6 +79,31 @@ def estimate(
     weights = sum(panel_bytes(name, rows, cols) for name, rows, cols in tensors)
     scratch = sum(buffer_sizes(config, chunk=CHUNK, terms=2, threads=threads, context=context).values())
     return Estimate(weights, -(-context // PAGE) * page_bytes(config, kv), scratch)
+
+
+def available() -> int | None:
+    """Bytes that can be had without swapping, the limit of a container included; None where the system does not say."""
+    limits = []
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        limits.append(1024 * int(meminfo.split("MemAvailable:")[1].split()[0]))
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # not in a cgroup v2, or without a limit ("max")
+    return max(min(limits), 0) if limits else None
+
+
+def default_context(config: ModelConfig, weights: int, kv: str) -> int:
+    """The model's own context, or what fits into half of the available memory beside the weights."""
+    free = available()
+    if free is None:
+        return config.max_positions
+    pages = (free // 2 - weights) // page_bytes(config, kv)
+    return min(config.max_positions, max(int(pages) * int(PAGE), LEAST_CONTEXT))
 
 
 class Arena:

@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -16,10 +17,24 @@ from smolrun.kernels.load import c_function
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Physical cores this process may use: affinity and a container's quota respected, hyper-threads not counted."""
+    try:
+        cpus = os.sched_getaffinity(0)
+        cores = {_read(f"/sys/devices/system/cpu/cpu{c}/topology/thread_siblings_list") or str(c) for c in cpus}
+        count = len(cores)
+    except AttributeError:  # not Linux
+        count = os.cpu_count() or 1
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        count = min(count, -(-int(quota) // int(period)))
+    return max(count, 1)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
 
 
 def _give_way() -> int:
