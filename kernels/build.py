@@ -44,6 +44,7 @@ def _function(name: str):  # type: ignore[no-untyped-def]
         "rope": (i64, i64, f32, i64),
         "quantise": (i64, i64, i64, i64, i64),
         "interleave": (i64, i64, i64, i64),
+        "half": (i64, i64, i64),
     }
     if name in arguments:
         return getattr(pointwise, name).py_func, void(*arguments[name])

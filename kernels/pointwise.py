@@ -36,6 +36,7 @@ from .simd import (
     vrint,
     vsplat,
     vstore,
+    vstore_half,
     vstore_i8,
     vsum,
     vsum_i32,
@@ -129,6 +130,13 @@ def interleave(x, n, out, stride):  # type: ignore[no-untyped-def]
     """x[n] -> f32 activations, `stride` bytes from k to k."""
     for k in range(n):
         put_f32(out + k * stride, get_f32(x + 4 * k))
+
+
+@kernel
+def half(x, n, out):  # type: ignore[no-untyped-def]
+    """x[n] -> f16, as the KV cache rounds; exported so that every rounding can be tried."""
+    for i in range(0, n, 16):
+        vstore_half(out + 2 * i, vload(x + 4 * i))
 
 
 READ = i64(i64, i64, i64)  # address, bytes, passes

@@ -1,0 +1,215 @@
+"""The truths of the kernels in plain NumPy, and the table of cases that drives their tests and benchmarks/kernels.py.
+
+Everything is float64 from `dequantize_ref` of the file's own blocks: nothing here knows panels, tiles or instructions.
+Only the activation records repeat the kernels' float32 arithmetic: their integers are part of the contract.
+
+Letters: x (tokens, k) activations, w (rows, k) weights, y (tokens, rows).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
+
+from smolrun.config import ModelConfig
+
+HEAD_DIM = 64
+TERMS = {"f32": 0, "int8": 1, "int8x2": 2}  # activation mode -> int8 terms
+FLOATS = ("F32", "F16", "BF16")
+QUANTS = ("Q4_0", "Q4_1", "Q8_0", "Q6_K")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one shape."""
+
+    format: str
+    mode: str
+    rows: int
+    k: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """matmul_FORMAT_MODE, the kernel's symbol."""
+        return f"matmul_{self.format}_{self.mode}"
+
+    def __str__(self) -> str:
+        return f"{self.format}-{self.mode}-{self.rows}x{self.k}-n{self.tokens}"
+
+
+# 576 x 1536 is down of the 135M model. 56 rows: the last group is half full. 1, 5, 31 tokens: every kind of tile.
+SHAPES = ((56, 512, 31), (576, 1536, 1), (1536, 512, 5))
+CASES = [
+    Case(fmt, mode, rows, k, tokens)
+    for fmt in (*FLOATS, *QUANTS)
+    for mode in (("f32",) if fmt in FLOATS else ("int8", "int8x2", "f32"))
+    for rows, k, tokens in SHAPES
+]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far y may be from the truth, as a part of |x| |w|^T (the sum of the magnitudes of its products).
+
+    arithmetic: against the activations as the kernel sees them (rounded to int8), so only float32 sums are in it.
+    total: against the activations as given.
+    """
+
+    arithmetic: float
+    total: float
+
+
+# About twice the worst seen over CASES. One int8 term errs by at most 1/254 of its block's largest value, and CASES'
+# blocks have outliers; the second term is 254 times finer.
+BUDGETS: dict[tuple[str, str], Budget] = {
+    **{(fmt, "f32"): Budget(1.2e-6, 1.2e-6) for fmt in (*FLOATS, *QUANTS)},
+    **{(fmt, "int8"): Budget(3e-7, 2e-2) for fmt in QUANTS},
+    **{(fmt, "int8x2"): Budget(3e-7, 8e-5) for fmt in QUANTS},
+}
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def blocks(fmt: str, rows: int, k: int, seed: int = 0) -> np.ndarray:
+    """Bytes (rows, row_bytes) of normal weights in a format."""
+    values = np.random.default_rng(seed).standard_normal((rows, k)).astype(np.float32)
+    return np.ascontiguousarray(quantize_ref(FORMATS[fmt], values)).view(np.uint8).reshape(rows, -1)
+
+
+def weights(fmt: str, raw: np.ndarray) -> np.ndarray:
+    """Bytes (rows, row_bytes) -> float32 (rows, k)."""
+    return dequantize_ref(FORMATS[fmt], raw)
+
+
+def magnitudes(fmt: str, raw: np.ndarray) -> np.ndarray:
+    """|w|, or |w - minimum| + |minimum| where a kernel sums the two apart: float32 (rows, k)."""
+    w = weights(fmt, raw)
+    if fmt != "Q4_1":
+        return np.abs(w)
+    minimum = np.repeat(raw.view(FORMATS[fmt].dtype)["m"].astype(np.float32), 32, axis=1)
+    return np.abs(w - minimum) + np.abs(minimum)
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+TINY = np.float32(1e-30)  # a block of 32 whose largest magnitude is not above it counts as zero
+_SUMS = ("sum8", "sum16", "sum128", "low32", "high32", "unused")
+RECORD = np.dtype([("q", "i1", 32), ("d", "f4"), ("dsum", "f4"), *((name, "i4") for name in _SUMS)])
+
+
+def records(x: np.ndarray, terms: int) -> np.ndarray:
+    """float32 (tokens, k) -> RECORD (tokens, k / 32, terms): x = d (q1 + q2 / 254), d = max|x| / 127.
+
+    float64 holds every product of two float32 exactly, so rounding its result once is the kernels' fma.
+    """
+    blocks = x.astype(np.float32).reshape(len(x), -1, 32)
+    top = np.abs(blocks).max(axis=2)
+    live = top > TINY
+    safe = np.where(live, top, np.float32(1))
+    d = np.where(live, safe / np.float32(127), np.float32(0))
+    inverse = np.where(live, np.float32(127) / safe, np.float32(0))[..., None]
+    q1 = np.rint(blocks * inverse)
+    rest = (blocks.astype(np.float64) * inverse.astype(np.float64) - q1).astype(np.float32)
+    q2 = np.rint(rest * np.float32(254))
+    sums = [q.reshape(*q.shape[:2], 2, 16).sum(axis=3).astype(np.int32) for q in (q1, q2)]  # (tokens, blocks, halves)
+    total = sums[0].sum(axis=2).astype(np.float32)
+    if terms == 2:
+        part = sums[1].sum(axis=2).astype(np.float64) * np.float64(np.float32(1 / 254))
+        total = (part + total).astype(np.float32)
+    out = np.zeros((*d.shape, terms), RECORD)
+    for term, (q, (low, high)) in enumerate(zip((q1, q2)[:terms], [np.moveaxis(s, 2, 0) for s in sums], strict=False)):
+        out["q"][..., term, :] = q
+        out["d"][..., term] = d
+        out["dsum"][..., term] = d * total if term == 0 else 0
+        for name, factor in (("sum8", -8), ("sum16", -16), ("sum128", -128)):
+            out[name][..., term] = (low + high) * factor
+        out["low32"][..., term], out["high32"][..., term] = low * -32, high * -32
+    return out
+
+
+def seen(x: np.ndarray, terms: int) -> np.ndarray:
+    """Activations as an int8 matmul sees them: float64 (tokens, k)."""
+    if terms == 0:
+        return x.astype(np.float64)
+    r = records(x, terms)
+    value = r["q"][:, :, 0].astype(np.float64)
+    if terms == 2:
+        value = value + r["q"][:, :, 1] / 254.0
+    return (value * r["d"][:, :, :1].astype(np.float64)).reshape(x.shape)
+
+
+def matmul(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """y = x w^T in float64."""
+    return x.astype(np.float64) @ w.astype(np.float64).T
+
+
+def relative_error(y: np.ndarray, w: np.ndarray, x: np.ndarray, given: np.ndarray) -> float:
+    """Largest |y - x w^T| as a part of |given| |w|^T."""
+    scale = matmul(np.abs(w), np.abs(given))
+    return float((np.abs(y - matmul(w, x)) / np.maximum(scale, 1e-300)).max())
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+def rmsnorm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight.astype(np.float64)
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up."""
+    gate = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up.astype(np.float64)
+
+
+def angles(positions: np.ndarray, theta: float) -> np.ndarray:
+    """Rotary angles (positions, 32); the frequencies are float32, as in transformers."""
+    frequencies = (theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype(np.float32)
+    return positions[:, None].astype(np.float64) * frequencies.astype(np.float64)
+
+
+def rope(x: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Half-split rotation of (..., tokens, 64): element i pairs with i + 32."""
+    low, high = x[..., : HEAD_DIM // 2].astype(np.float64), x[..., HEAD_DIM // 2 :].astype(np.float64)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Causal softmax(q k^T / 8) v. q (n_heads, n, 64), k and v (n_kv_heads, n, 64) -> (n_heads, n, 64)."""
+    group = len(q) // len(k)
+    k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(HEAD_DIM)
+    n = scores.shape[1]
+    scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
+    p = np.exp(scores - scores.max(axis=2, keepdims=True))
+    return p / p.sum(axis=2, keepdims=True) @ v
+
+
+def forward(config: ModelConfig, weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
+    """The exact model in float64: logits (len(ids), vocab_size). weights: canonical names, half-split q and k rows."""
+    c, n = config, len(ids)
+    w = {name: value.astype(np.float64) for name, value in weights.items()}
+    angle = angles(np.arange(n), c.rope_theta)
+
+    def heads(x: np.ndarray) -> np.ndarray:
+        return x.reshape(n, -1, HEAD_DIM).swapaxes(0, 1)
+
+    x = w["token_embd.weight"][ids]
+    for i in range(c.n_layers):
+        layer = {name.split(".")[2]: value for name, value in w.items() if name.startswith(f"blk.{i}.")}
+        h = rmsnorm(x, layer["attn_norm"], c.norm_eps)
+        q, k, v = (heads(matmul(layer[name], h)) for name in ("attn_q", "attn_k", "attn_v"))
+        out = attention(rope(q, angle), rope(k, angle), v)
+        x = x + matmul(layer["attn_output"], out.swapaxes(0, 1).reshape(n, -1))
+        h = rmsnorm(x, layer["ffn_norm"], c.norm_eps)
+        x = x + matmul(layer["ffn_down"], swiglu(matmul(layer["ffn_gate"], h), matmul(layer["ffn_up"], h)))
+    head = w.get("output.weight", w["token_embd.weight"])
+    return matmul(head, rmsnorm(x, w["output_norm.weight"], c.norm_eps))
