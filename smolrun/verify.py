@@ -349,8 +349,8 @@ def run(
             model = load(threads)
             try:
                 with (
-                    Peer(exact_path, context=context, threads=team, exact=True) as exact,
-                    Peer(path, context=context, threads=team) as peer,
+                    Peer(exact_path, context=context, threads=team, exact=True, patient=True) as exact,
+                    Peer(path, context=context, threads=team, patient=True) as peer,
                 ):
                     for i, part in enumerate(parts):
                         progress(f"window {i + 1} of {len(parts)}")
