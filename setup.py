@@ -1,7 +1,7 @@
 """Packaging. Everything static about tools is in pyproject.toml; this file maps the folders to packages.
 
-`kernels/` lives beside `smolrun/` so that it can be read, timed and tested alone, and installs as `smolrun.kernels`: a top-level
-package named `kernels` would shadow Hugging Face's.
+`kernels/` lives beside `smolrun/` so that it can be read, timed and tested alone, and installs as `smolrun.kernels`: a
+top-level package named `kernels` would shadow Hugging Face's.
 """
 
 from pathlib import Path

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from smolrun.kernels import load
-from smolrun.kernels.panels import ROWS, pack
-from smolrun.kernels.target import TIERS, Tier, runnable, token_tile
 
 import naive
 from naive import CASES, FLOATS, QUANTS, TERMS, Case
+from smolrun.kernels import load
+from smolrun.kernels.panels import ROWS, pack
+from smolrun.kernels.target import TIERS, Tier, runnable, token_tile
 
 POINTWISE = ("rmsnorm", "swiglu", "rope", "quantise", "interleave", "half")
 NAMES = [*dict.fromkeys(c.name for c in CASES), *(f"row_{f}" for f in (*FLOATS, *QUANTS)), *POINTWISE]

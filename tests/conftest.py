@@ -4,6 +4,7 @@ import os
 import platform
 
 import pytest
+
 from smolrun.kernels.target import TIERS, runnable
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 
 from smolrun.config import ModelConfig
+from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 
 HEAD_DIM = 64
 TERMS = {"f32": 0, "int8": 1, "int8x2": 2}  # activation mode -> int8 terms

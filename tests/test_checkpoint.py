@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from smolrun.kernels.formats import FORMATS, dequantize_ref
 
 import hostile
 import smolrun.errors
@@ -22,6 +21,7 @@ from smolrun.config import ModelConfig
 from smolrun.errors import ModelFileError, ModelNotFound, UnsupportedModel
 from smolrun.files.checkpoint import Checkpoint, Tensor, expected_shapes, hf_name, open_checkpoint
 from smolrun.files.gguf import WriteTensor, read_gguf, write_gguf
+from smolrun.kernels.formats import FORMATS, dequantize_ref
 from tiny import CHAT_TEMPLATE, SPECIALS, Tiny, gguf_metadata, hf_config, make_tiny, permute, write_safetensors
 
 CASES: dict[str, dict[str, Any]] = {

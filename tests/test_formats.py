@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from smolrun.kernels.formats import CHUNK, FORMATS, Format, by_ggml_type, dequantize_ref, quantize_ref
 
 WRITABLE = [f for f in FORMATS.values() if f.quantize]

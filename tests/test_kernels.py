@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from smolrun.kernels.load import cache_folders
-from smolrun.kernels.panels import PANELS, pack
-from smolrun.kernels.target import TIERS, runnable
 
 import naive
 from calling import GUARD, NAMES, Kernels, compile_all, emitted
 from conftest import compiled_only
 from naive import BUDGETS, CASES, QUANTS, TERMS, Case
+from smolrun.kernels.load import cache_folders
+from smolrun.kernels.panels import PANELS, pack
+from smolrun.kernels.target import TIERS, runnable
 from smolrun.model import rope
 
 TESTED = [t.name for t in runnable()]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 
 from smolrun.config import ModelConfig
 from smolrun.files.gguf import WriteTensor, write_gguf
+from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 
 HEAD_DIM = 64
 
