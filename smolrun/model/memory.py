@@ -111,7 +111,10 @@ class Arena:
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         rounded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
-        self._memory = mmap.mmap(-1, max(sum(rounded.values()), 64))
+        # Python's default is shared memory: a forked child would compute in its parent's buffers, and Linux gives shared
+        # memory no huge pages
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._memory = mmap.mmap(-1, max(sum(rounded.values()), 64), **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(self._memory, np.uint8)
