@@ -149,6 +149,12 @@ def broadcast_f32(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return splat(b, load(b, address, F32))
 
 
+def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at an address; it need not exist."""
+    function = declare(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    b.call(function, [pointer(b, address, I8), *(ir.Constant(I32, v) for v in (0, 3, 1))])  # to read, into L1, data
+
+
 # ---- the same words for Numba code -----------------------------------------------------------------------------------
 
 
@@ -286,14 +292,6 @@ def _pause(b: ir.IRBuilder, _: ir.Value) -> None:
 
 
 pause = word(void, [i64], _pause)
-prefetch = word(
-    void,
-    [i64],
-    lambda b, p: b.call(
-        declare(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]),
-        [pointer(b, p, I8), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)],
-    ),
-)
 
 
 def call_word(result: types.Type, args: Sequence[types.Type]) -> Any:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from smolrun.errors import ContextOverflow
 from smolrun.kernels.block import PAGE
+from smolrun.model.memory import Arena
 
 MAX_SLOTS = 8
 
@@ -24,10 +25,8 @@ class Page:
 
     __slots__ = ("data", "users")
 
-    def __init__(self, size: int) -> None:
-        buffer = np.empty(size + 64, np.uint8)  # large: mapped by the system, zero, and touched only as it fills
-        first = -buffer.ctypes.data % 64
-        self.data: NDArray[np.uint8] = buffer[first : first + size]
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self.data = data
         self.users = 1
 
 
@@ -70,6 +69,8 @@ class KVCache:
         self.capacity = -(-context // PAGE)
         self._slots: list[Slot] = []
         self._free: list[Page] = []
+        # one mapping, touched only as it fills: huge pages halve the time of a scattered read at depth
+        self._memory = Arena({"pages": page_size * self.capacity}).arrays["pages"].reshape(self.capacity, page_size)
         self._pages = 0
         self._clock = 0
 
@@ -144,7 +145,7 @@ class KVCache:
             page = self._free.pop()
             page.users = 1
         else:
-            page = Page(self.page_size)
+            page = Page(self._memory[self._pages])
             self._pages += 1
         if copy is not None:
             page.data[:] = copy.data
