@@ -64,6 +64,7 @@ T = constants(
     job=5 * LINE + 8,  # address of f(block, tid)
     argument=5 * LINE + 16,
     give_way=5 * LINE + 24,  # address of sched_yield
+    awake=5 * LINE + 32,  # a job is about to be posted: nobody goes to sleep
     asleep=6 * LINE,  # one line a thread
 )
 MAX_THREADS = 256

@@ -14,7 +14,7 @@ import time
 
 from .target import TIERS
 
-NAMES = """forward_f16 forward_f32 classify team_post worker_loop
+NAMES = """forward_f16 forward_f32 classify team_rouse team_run worker_loop
 matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
 read_STREAMS (measures bandwidth) rmsnorm swiglu rope quantise interleave (for tests alone)"""
 
@@ -36,7 +36,7 @@ def _function(name: str):  # type: ignore[no-untyped-def]
         return matmul.make_row(rest), matmul.ROW
     if kind == "read":
         return pointwise.make_read(int(rest)), pointwise.READ
-    if name in ("team_post", "worker_loop"):
+    if name in ("team_rouse", "team_run", "worker_loop"):
         return getattr(team, name), i64(i64, i64, i64)
     arguments = {
         "rmsnorm": (i64, i64, i64, f32, i64),

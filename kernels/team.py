@@ -5,9 +5,13 @@ that the system has put aside costs its own claim and not half of the matrix; ea
 never change bits.
 
     Python thread 0            worker (a Python thread inside `worker_loop`, without the GIL)
-    team_post: job, gen += 1   spin on gen ... sees it: job(argument, tid)
-    job(argument, 0)           last barrier of the job, then spin again; after a while asleep = 1 and back to Python,
-    (returns at last barrier)  which blocks on a lock until team_post reports this thread as a sleeper
+    team_rouse: awake = 1      spin on gen; after a while asleep = 1 and, unless awake, back to Python, which
+    (wakes the sleepers)       blocks on a lock until thread 0 finds the flag
+    team_run: job, gen += 1    sees it: job(argument, tid)
+    job(argument, 0)           last barrier of the job, then spin again
+
+Sleepers are woken before the job is posted, and posting and running are one call: an exception in Python (Ctrl-C) finds
+either no job or a finished one, never a team at a barrier that thread 0 will not reach.
 """
 
 from __future__ import annotations
@@ -55,16 +59,22 @@ def claim(counters, phase, step):  # type: ignore[no-untyped-def]
     return atomic_add(counters + phase * LINE, step)
 
 
-def team_post(team, job, argument):  # type: ignore[no-untyped-def]
-    """Publish a job; returns how many workers sleep and must be woken by Python (it finds them by their flags)."""
-    threads = get_i64(team + T.threads)
+def team_rouse(team, _job, _argument):  # type: ignore[no-untyped-def]
+    """Let no worker fall asleep; returns how many do sleep and must be woken by Python, which looks at their flags."""
+    atomic_swap(team + T.awake, 1)
+    sleepers = 0
+    for tid in range(1, get_i64(team + T.threads)):
+        sleepers += atomic_get(team + T.asleep + tid * LINE)
+    return sleepers
+
+
+def team_run(team, job, argument):  # type: ignore[no-untyped-def]
+    """Publish a job and take part in it as thread 0. Returns 0."""
     put_i64(team + T.job, job)
     put_i64(team + T.argument, argument)
     atomic_add(team + T.generation, 1)
-    sleepers = 0
-    for tid in range(1, threads):
-        sleepers += atomic_get(team + T.asleep + tid * LINE)
-    return sleepers
+    call_job(job, argument, 0)
+    return 0
 
 
 def worker_loop(team, tid, seen):  # type: ignore[no-untyped-def]
@@ -81,9 +91,8 @@ def worker_loop(team, tid, seen):  # type: ignore[no-untyped-def]
             spin(team, i)
             i += 1
         else:
-            atomic_swap(
-                asleep, 1
-            )  # first the flag, then a last look: a job posted in between is seen by one of the two
-            if atomic_get(team + T.generation) == seen:
+            atomic_swap(asleep, 1)  # flag first, then a last look; team_rouse looks after its word: one of the two sees
+            if atomic_get(team + T.generation) == seen and atomic_get(team + T.awake) == 0:
                 return seen
             atomic_swap(asleep, 0)
+            i = 0

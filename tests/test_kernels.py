@@ -360,6 +360,15 @@ def test_code_holds_the_instructions_claimed(tier: str) -> None:
 
 @pytest.mark.parametrize("tier", compiled_only())
 def test_tiers_that_do_not_run_here_compile(tier: str) -> None:
-    names = ["forward_f16", "classify", "team_post", "worker_loop", "row_Q6_K", "matmul_Q6_K_int8x2", "matmul_Q4_1_f32"]
+    names = [
+        "forward_f16",
+        "classify",
+        "team_rouse",
+        "team_run",
+        "worker_loop",
+        "row_Q6_K",
+        "matmul_Q6_K_int8x2",
+        "matmul_Q4_1_f32",
+    ]
     for name, code in emitted(tier, names, assembly=False).items():
         assert undefined_symbols(code) <= LIBC, name

@@ -81,7 +81,8 @@ class Llama:
         def matmul(fmt: str, n: int) -> str:
             return f"matmul_{fmt}_{MODES[n]}"
 
-        names = [f"forward_{kv}", "classify", "team_post", "worker_loop", f"row_{formats['token_embd.weight']}"]
+        names = [f"forward_{kv}", "classify", "team_rouse", "team_run", "worker_loop"]
+        names.append(f"row_{formats['token_embd.weight']}")
         names += sorted({matmul(m.format, terms(m.format, kind_of(name))) for name, m in matrices.items()})
         try:
             self.tier = choose()

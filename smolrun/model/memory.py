@@ -111,8 +111,8 @@ class Arena:
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         rounded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
-        # Python's default is shared memory: a forked child would compute in its parent's buffers, and Linux gives shared
-        # memory no huge pages
+        # Python's default is shared memory: a forked child would compute in its parent's buffers, and Linux gives it no
+        # huge pages
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         self._memory = mmap.mmap(-1, max(sum(rounded.values()), 64), **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smolrun.errors import ModelClosed
 from smolrun.kernels.block import LINE, MAX_THREADS, TEAM_BYTES, T
 from smolrun.kernels.load import c_function
 
@@ -55,7 +56,9 @@ class _State:
         self.words[T.threads // 8] = threads
         self.words[T.give_way // 8] = _give_way()
         self.loop = c_function(kernels["worker_loop"], 3, ctypes.c_int64)
-        self.post = c_function(kernels["team_post"], 3, ctypes.c_int64)
+        self.rouse = c_function(kernels["team_rouse"], 3, ctypes.c_int64)
+        self.run = c_function(kernels["team_run"], 3, ctypes.c_int64)
+        self.passes = threading.RLock()  # held during a pass: the workers end between two
         self.locks = [_thread.allocate_lock() for _ in range(threads)]
         self.closing = False
         self.pid = os.getpid()
@@ -68,8 +71,10 @@ class _State:
         for worker in self.workers:
             worker.start()
 
-    def asleep(self, tid: int) -> int:
-        return int(T.asleep + tid * LINE) // 8
+    def wake(self, tid: int) -> None:
+        """Let a worker go on if it sleeps. Its lock may be open already: woken once more than it slept, it goes on."""
+        if self.words[(T.asleep + tid * LINE) // 8] and self.locks[tid].locked():
+            self.locks[tid].release()
 
 
 def _work(state: _State, tid: int) -> None:
@@ -79,7 +84,7 @@ def _work(state: _State, tid: int) -> None:
         if state.closing:
             return
         state.locks[tid].acquire()
-        state.words[state.asleep(tid)] = 0
+        state.words[(T.asleep + tid * LINE) // 8] = 0
         if state.closing:
             return
 
@@ -88,11 +93,12 @@ def _shut(state: _State) -> None:
     if state.pid != os.getpid():  # the threads stayed in the parent
         return
     state.closing = True
-    for tid, worker in enumerate(state.workers, 1):
-        while worker.is_alive():
-            if state.words[state.asleep(tid)] and state.locks[tid].locked():
-                state.locks[tid].release()
-            worker.join(0.001)
+    state.words[T.cancel // 8] = 1  # a pass of another thread (a daemon's, at exit) ends at its next barrier
+    with state.passes:
+        for tid, worker in enumerate(state.workers, 1):
+            while worker.is_alive() and worker is not threading.current_thread():  # a worker may collect the garbage
+                state.wake(tid)
+                worker.join(0.001)
 
 
 class Team:
@@ -102,9 +108,6 @@ class Team:
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"threads must be 1..{MAX_THREADS}, not {threads}")
         self._kernels, self.threads = dict(kernels), threads
-        self._jobs = {
-            name: c_function(address, 2) for name, address in kernels.items() if name in ("classify", "forward")
-        }
         self._start()
 
     def _start(self) -> None:
@@ -120,14 +123,23 @@ class Team:
         return int(self._state.address)
 
     def run(self, job: str, block: int) -> bool:
-        """Run "forward" or "classify" on a block; False when it was cancelled."""
+        """Run "forward" or "classify" on a block; False when it was cancelled.
+
+        Raises:
+            ModelClosed: the workers have ended.
+        """
         state = self._state
-        if self.threads > 1 and state.post(state.address, self._kernels[job], block):
-            for tid in range(1, self.threads):
-                if state.words[state.asleep(tid)]:
-                    state.locks[tid].release()
-        self._jobs[job](block, 0)
-        return not state.words[T.cancel // 8]
+        with state.passes:
+            try:
+                if self.threads > 1 and state.rouse(state.address, 0, 0):
+                    for tid in range(1, self.threads):
+                        state.wake(tid)
+                if state.closing:
+                    raise ModelClosed("the model is closed: load it again")
+                state.run(state.address, self._kernels[job], block)
+            finally:
+                state.words[T.awake // 8] = 0
+            return not state.words[T.cancel // 8]
 
     def cancel(self, wish: bool = True) -> None:
         """Make a running pass end at its next barrier; `cancel(False)` takes it back."""
