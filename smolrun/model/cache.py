@@ -52,8 +52,9 @@ class Slot:
         self._cache.drop_pages(self, -(-n // PAGE))
 
     def close(self) -> None:
-        """Give the slot back; its positions stay for later prompts."""
+        """Give the slot back; its positions stay for later prompts, as far as the capacity allows."""
         self.busy = False
+        self._cache.shrink()
 
 
 class KVCache:
@@ -99,27 +100,40 @@ class KVCache:
         """
         if n > self.context:
             raise ContextOverflow(n, self.context, "sequence")
-        writes = slot.length // PAGE
-        if writes < len(slot.pages) and slot.pages[writes].users > 1:
-            shared = slot.pages[writes]
-            shared.users -= 1
-            self._put(slot, writes, self._page(shared))
+        for index in range(slot.length // PAGE, min(len(slot.pages), -(-n // PAGE))):
+            shared = slot.pages[index]
+            if shared.users > 1:
+                self._make_room()
+            if shared.users > 1:  # else the other user was forgotten to make room
+                page = self._page()
+                page.data[:] = shared.data
+                slot.pages[index] = page
+                slot.table[index] = page.data.ctypes.data
+                shared.users -= 1
         while len(slot.pages) * PAGE < n:
+            self._make_room()
             slot.pages.append(self._page())
             slot.table[len(slot.pages) - 1] = slot.pages[-1].data.ctypes.data
 
     def drop_pages(self, slot: Slot, keep: int) -> None:
         """Give back a slot's pages from `keep` on."""
-        for page in slot.pages[keep:]:
+        dropped = slot.pages[keep:]
+        del slot.pages[keep:]  # first: an exception in between may lose a page, but never free one twice
+        for page in dropped:
             page.users -= 1
-            if page.users == 0:
+            if page.users == 0 and self._pages > self.capacity:
+                self._pages -= 1
+            elif page.users == 0:
                 self._free.append(page)
-        del slot.pages[keep:]
+
+    def shrink(self) -> None:
+        """Forget idle slots until the pages are within the capacity again, which several busy slots may exceed."""
+        while self._pages > self.capacity and self._evict():
+            pass
 
     def _fork(self, source: Slot | None, keep: int) -> Slot:
-        if len(self._slots) >= MAX_SLOTS:
-            self._evict(source)
         slot = Slot(self)
+        slot.busy = True  # not to be evicted
         if source is not None and keep:
             slot.ids = source.ids[:keep]
             slot.pages = source.pages[: -(-keep // PAGE)]
@@ -127,6 +141,8 @@ class KVCache:
             for page in slot.pages:
                 page.users += 1
         self._slots.append(slot)
+        if len(self._slots) > MAX_SLOTS:  # after the fork: the one to forget may be the source
+            self._evict(source)
         return slot
 
     def _evict(self, spare: Slot | None = None) -> bool:
@@ -138,22 +154,20 @@ class KVCache:
         self._slots.remove(idle[0])
         return True
 
-    def _page(self, copy: Page | None = None) -> Page:
+    def _make_room(self) -> None:
+        """Forget idle slots until a page can be had within the capacity."""
         while not self._free and self._pages >= self.capacity and self._evict():
             pass
+
+    def _page(self) -> Page:
+        """A page for one user; its content is arbitrary."""
         if self._free:
             page = self._free.pop()
             page.users = 1
-        else:
-            page = Page(self._memory[self._pages])
-            self._pages += 1
-        if copy is not None:
-            page.data[:] = copy.data
+            return page
+        page = Page(self.page_size)
+        self._pages += 1
         return page
-
-    def _put(self, slot: Slot, index: int, page: Page) -> None:
-        slot.pages[index] = page
-        slot.table[index] = page.data.ctypes.data
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
