@@ -104,7 +104,8 @@ class Llama:
         )
         sizes["counters"] = LINE * (2 + c.n_layers * PHASES)
         sizes["rope"] = 4 * 64 * self.context
-        sizes["logits"] = 4 * LOGIT_ROWS * ROWS * int(self.weights.head[2])
+        self._logit_rows = min(LOGIT_ROWS, chunk)  # its activations lie in the chunk's buffers
+        sizes["logits"] = 4 * self._logit_rows * ROWS * int(self.weights.head[2])
         self._arena = memory.Arena(sizes)
         code["forward"] = code[f"forward_{kv}"]
         self._team: Team | None = Team(code, self.threads)
@@ -212,8 +213,8 @@ class Llama:
         states = np.ascontiguousarray(hidden, np.float32).reshape(-1, c.dim)
         out = np.empty((len(states), c.vocab_size), np.float32)
         width = ROWS * int(self.weights.head[2])
-        for first in range(0, len(states), LOGIT_ROWS):
-            part = states[first : first + LOGIT_ROWS]
+        for first in range(0, len(states), self._logit_rows):
+            part = states[first : first + self._logit_rows]
             self._array("out")[: part.size] = part.reshape(-1)
             if not self._run("classify", n=len(part)):
                 if self._team is not None:
