@@ -21,7 +21,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .target import Tier
 
@@ -127,10 +127,14 @@ def compile_objects(tier: Tier, names: list[str], progress: Progress | None = No
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
     command = [sys.executable, "-c", _CHILD, json.dumps([p for p in sys.path if p]), tier.name, *names]
     objects: dict[str, bytes] = {}
-    with tempfile.TemporaryFile() as errors:
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
-        ) as child:
+    with _scratch() as errors:
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
+            )
+        except OSError as error:
+            raise BuildError(f"kernels must be compiled and {sys.executable} did not start: {error}") from error
+        with child:
             assert child.stdout is not None
             while line := child.stdout.readline():
                 frame = json.loads(line)
@@ -143,6 +147,14 @@ def compile_objects(tier: Tier, names: list[str], progress: Progress | None = No
             missing = ", ".join(n for n in names if n not in objects)
             raise BuildError(f"compiling {missing} for {tier.name} failed ({child.returncode}): {' | '.join(tail)}")
     return objects
+
+
+def _scratch() -> IO[bytes]:
+    """A file for the child's last words; where nothing can be written they are lost, the objects are not."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "r+b")
 
 
 class _Linked:
