@@ -23,10 +23,11 @@ MAX_SLOTS = 8
 class Page:
     """64 positions of every layer and KV head."""
 
-    __slots__ = ("data", "users")
+    __slots__ = ("data", "extra", "users")
 
-    def __init__(self, data: NDArray[np.uint8]) -> None:
+    def __init__(self, data: NDArray[np.uint8], extra: bool) -> None:
         self.data = data
+        self.extra = extra
         self.users = 1
 
 
@@ -121,7 +122,7 @@ class KVCache:
         del slot.pages[keep:]  # first: an exception in between may lose a page, but never free one twice
         for page in dropped:
             page.users -= 1
-            if page.users == 0 and self._pages > self.capacity:
+            if page.users == 0 and page.extra:
                 self._pages -= 1
             elif page.users == 0:
                 self._free.append(page)
@@ -165,9 +166,10 @@ class KVCache:
             page = self._free.pop()
             page.users = 1
             return page
-        page = Page(self.page_size)
+        extra = self._pages >= self.capacity  # several slots are busy at once
+        data = Arena({"page": self.page_size}).arrays["page"] if extra else self._memory[self._pages]
         self._pages += 1
-        return page
+        return Page(data, extra)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
