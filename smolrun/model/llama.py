@@ -23,11 +23,13 @@ from smolrun.model.workers import Team, available_cores
 Floats = NDArray[np.float32]
 MODES = ("f32", "int8", "int8x2")  # activations by their int8 terms
 _ALL = (*MATRICES, "head")
-# int8 terms of the activations of each matrix. "fast" keeps two for the classifier: prefill runs it for one row only
-# and decode waits for its memory anyway, and one term there made a fifth of the error (KL 3.75e-3 -> 2.96e-3,
-# perplexity +0.41 % -> +0.24 %).
+# int8 terms of the activations of each matrix. "fast" keeps two where they buy most, on 4,096 tokens of Q4_0
+# (benchmarks/LOG.md): for the classifier, which prefill runs for one row and decode runs at the speed of memory, and
+# for q, k and v, a sixth of a layer's work. Mean KL to exact 3.7e-3 -> 1.8e-3 (llama.cpp: 3.8e-3), perplexity +0.42 %
+# -> +0.15 %.
+TWO_TERMS = ("q", "k", "v", "head")
 PRECISION = {
-    "fast": dict.fromkeys(MATRICES, 1) | {"head": 2},
+    "fast": dict.fromkeys(_ALL, 1) | dict.fromkeys(TWO_TERMS, 2),
     "exact": dict.fromkeys(_ALL, 2),
     "f32": dict.fromkeys(_ALL, 0),
 }
