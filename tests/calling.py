@@ -20,6 +20,7 @@ from smolrun.kernels.target import TIERS, Tier, runnable, token_tile
 
 POINTWISE = ("rmsnorm", "swiglu", "rope", "quantise", "interleave", "half")
 NAMES = [*dict.fromkeys(c.name for c in CASES), *(f"row_{f}" for f in (*FLOATS, *QUANTS)), *POINTWISE]
+MODEL = ("forward_f16", "forward_f32", "classify", "team_rouse", "team_run", "worker_loop")
 GUARD = 0xA5  # fills what a kernel must not write
 
 
@@ -42,7 +43,7 @@ def address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-def compile_all(names: Iterable[str] = NAMES) -> None:
+def compile_all(names: Iterable[str] = (*NAMES, *MODEL)) -> None:
     """Fill the cache with the kernels of every tier this CPU runs, two compilers at a time."""
     script = (
         "import sys; from smolrun.kernels import load; from smolrun.kernels.target import TIERS;"

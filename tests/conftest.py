@@ -5,6 +5,7 @@ import platform
 
 import pytest
 
+from calling import compile_all
 from smolrun.kernels.target import TIERS, runnable
 
 
@@ -23,3 +24,9 @@ def pytest_report_header() -> str:
     """Both counts, so that nobody takes a compiled tier for a tested one."""
     run, compiled = [t.name for t in runnable()], compiled_only()
     return f"tiers run: {len(run)} ({', '.join(run)}); compiled only: {len(compiled)} ({', '.join(compiled) or 'none'})"
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """All kernels of all tiers of this CPU are in the cache: compiled together, once."""
+    compile_all()

@@ -1,4 +1,4 @@
-"""The KV cache's bookkeeping alone: seeded turmoil over pages that hold the ids themselves, checked after every step."""
+"""The KV cache's bookkeeping alone: seeded turmoil over pages that hold the ids, checked after every step."""
 
 from collections import Counter
 

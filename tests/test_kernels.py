@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import naive
-from calling import GUARD, NAMES, Kernels, compile_all, emitted
+from calling import GUARD, NAMES, Kernels, emitted
 from conftest import compiled_only
 from naive import BUDGETS, CASES, QUANTS, TERMS, Case
 from smolrun.kernels.load import cache_folders
@@ -21,8 +21,7 @@ LIBM = {"fmaf", "rintf"}  # where the CPU has neither
 
 
 @pytest.fixture(scope="session")
-def tiers() -> list[Kernels]:
-    compile_all()
+def tiers(compiled: None) -> list[Kernels]:
     return [Kernels(name) for name in TESTED]
 
 

@@ -1,0 +1,681 @@
+"""The model: right against NumPy, the same bits by every way; cache, threads and processes that cannot spoil it."""
+
+import gc
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import naive
+from smolrun.errors import ContextOverflow, KernelError, ModelClosed, OptionError
+from smolrun.files.checkpoint import open_checkpoint
+from smolrun.kernels import load as kernels
+from smolrun.kernels.target import choose, runnable
+from smolrun.model.llama import Cancelled, Llama
+from tiny import Tiny, make_tiny
+
+PROMPT = [1, 53, 230, 41, 17, 300, 99, 5, 2, 1, 86, 211, 260, 77, 299, 30, 18, 100]
+Load = Callable[..., Llama]
+
+
+def some_ids(n: int, seed: int = 0) -> list[int]:
+    """n seeded ids below 300."""
+    return np.random.RandomState(seed).randint(0, 300, n).tolist()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Grouped queries, tied, 333 ids, Q4_0 with a Q8_0 embedding."""
+    return make_tiny(tmp_path_factory.mktemp("model"), fmt="Q4_0", embd_fmt="Q8_0")
+
+
+@pytest.fixture
+def load() -> Iterator[Load]:
+    """Llama of a path; closed at the end of the test."""
+    made = []
+
+    def open_model(path: Path, **options: Any) -> Llama:
+        with open_checkpoint(path) as checkpoint:
+            made.append(Llama(checkpoint, **{"context": 1024, "threads": 1, "kv": "f32"} | options))
+        return made[-1]
+
+    yield open_model
+    for model in made:
+        model.close()
+
+
+def hidden(model: Llama, ids: Sequence[int], *, reuse: bool = False, step: int | None = None) -> np.ndarray:
+    """States of all ids, or with `reuse` of those that the cache lacks; `step` ids a pass."""
+    slot = model.open(ids)
+    try:
+        if not reuse:
+            slot.truncate(0)
+        parts = []
+        while slot.length < len(ids):
+            parts.append(model.hidden(slot, ids[slot.length : slot.length + (step or model.chunk)]))
+        return np.concatenate(parts)
+    finally:
+        slot.close()
+
+
+def greedy(model: Llama, ids: Sequence[int], count: int) -> list[int]:
+    """The answer of `count` ids, the lowest id on ties."""
+    slot, found = model.open(ids), []
+    state = model.hidden(slot, ids[slot.length :])[-1:]
+    for _ in range(count):
+        found.append(int(model.logits(state)[0].argmax()))
+        state = model.hidden(slot, found[-1:])
+    slot.close()
+    return found
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal bits."""
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# ---- right -----------------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "f32": {},
+    "f16_untied_mha": {"fmt": "F16", "tied": False, "gqa": False},
+    "bf16_padded": {"fmt": "BF16", "vocab_size": 401},
+    "q4_0": {"fmt": "Q4_0"},
+    "q4_1_q8_0_untied": {"fmt": "Q4_1", "embd_fmt": "Q8_0", "tied": False, "vocab_size": 300},
+    "q8_0_mha": {"fmt": "Q8_0", "gqa": False, "dim": 128},
+    "q6_k": {"fmt": "Q6_K", "dim": 256, "hidden_dim": 512, "n_layers": 1},
+    "one_head": {"fmt": "Q8_0", "dim": 64, "hidden_dim": 96},
+    "group_of_9": {"fmt": "Q4_0", "dim": 576, "hidden_dim": 160, "n_layers": 1},
+}
+
+# precision -> largest error of a logit as a part of their standard deviation; the KV cache is f32, or f16
+LOGIT_BUDGET = {("f32", "f32"): 2e-5, ("exact", "f32"): 2e-3, ("exact", "f16"): 4e-2, ("fast", "f16"): 0.5}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_the_naive_model(variant: str, tmp_path: Path, load: Load) -> None:
+    made = make_tiny(tmp_path, **VARIANTS[variant])
+    ids = some_ids(70)
+    truth = naive.forward(made.config, made.weights, ids)
+    for (precision, kv), budget in LOGIT_BUDGET.items():
+        model = load(made.gguf, precision=precision, kv=kv)
+        found = model.logits(hidden(model, ids))
+        assert found.shape == truth.shape
+        error = np.abs(found - truth).max() / truth.std()
+        assert error <= (budget if variant.startswith("q") or precision == "f32" or kv == "f16" else 2e-3), (
+            precision,
+            kv,
+        )
+        model.close()
+
+
+def test_a_long_context_is_that_of_the_naive_model(tiny: Tiny, load: Load) -> None:
+    """More than two spans of 512 positions, by prefill and by single tokens."""
+    ids = some_ids(1100)
+    truth = naive.forward(tiny.config, tiny.weights, ids)
+    model = load(tiny.gguf, context=1100, precision="f32")
+    found = hidden(model, ids[:1060])
+    single = hidden(model, ids, reuse=True, step=1)
+    assert len(single) == 40
+    logits = model.logits(np.concatenate([found, single]))
+    assert np.abs(logits - truth).max() <= 1e-4 * truth.std()
+
+
+# precision -> greedy ids and a hash of the logits: on every tier, thread count and operating system
+# fmt: off
+GOLDEN: dict[str, tuple[list[int], str]] = {
+    "fast": ([104, 104, 104, 185, 104, 185, 219, 22, 152, 110, 156, 125, 184, 304, 217, 43, 81, 90, 265, 63, 248, 247],
+             "c4802e048f42622d"),
+    "exact": ([104, 104, 104, 185, 104, 185, 219, 22, 152, 110, 156, 125, 184, 304, 217, 43, 81, 90, 265, 63, 248, 247],
+              "0b2af10b129ea539"),
+    "f32": ([104, 104, 104, 185, 104, 185, 219, 22, 152, 110, 156, 125, 184, 304, 217, 43, 81, 90, 265, 63, 248, 247],
+            "733834674ac1755f"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("precision", GOLDEN)
+@pytest.mark.parametrize("tier", [t.name for t in runnable()])
+@pytest.mark.usefixtures("compiled")
+def test_golden(tier: str, precision: str, tiny: Tiny, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLRUN_TIER", tier)
+    model = load(tiny.gguf, precision=precision, kv="f16")
+    assert model.tier.name == tier
+    ids, digest = GOLDEN[precision]
+    logits = model.logits(hidden(model, PROMPT))
+    assert greedy(model, PROMPT, len(ids)) == ids
+    assert hashlib.sha256(logits.astype("<f4").tobytes()).hexdigest()[:16] == digest
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv", ["f16", "f32"])
+@pytest.mark.parametrize("precision", ["fast", "exact", "f32"])
+def test_bits_do_not_depend_on_the_way(precision: str, kv: str, tiny: Tiny, load: Load) -> None:
+    """Prefill, chunks, single tokens, threads and a reused prefix."""
+    ids = some_ids(600)
+    base = load(tiny.gguf, precision=precision, kv=kv)
+    states = hidden(base, ids)
+    for chunk in (1, 7, 64, 100, 513):
+        n = len(ids) if chunk > 7 else 80
+        model = load(tiny.gguf, precision=precision, kv=kv, chunk=chunk)
+        assert same(hidden(model, ids[:n]), states[:n]), f"chunk {chunk}"
+        model.close()
+    for threads in (2, 3, 16):
+        model = load(tiny.gguf, precision=precision, kv=kv, threads=threads)
+        assert same(hidden(model, ids), states), f"{threads} threads"
+        assert same(hidden(model, ids[:300], step=41), states[:300]), f"{threads} threads, pieces"
+        slot = model.open(ids)
+        slot.truncate(490)
+        for i in range(490, 530):  # over the borders of page and span
+            assert same(model.hidden(slot, [ids[i]]), states[i : i + 1]), f"{threads} threads, position {i}"
+        slot.close()
+        assert same(model.logits(states[-40:]), base.logits(states[-40:]))
+        model.close()
+    other = some_ids(80, seed=1)
+    for keep in (1, 63, 64, 65, 511, 512, 513, 599):
+        mixed = ids[:keep] + other
+        assert same(hidden(base, mixed, reuse=True)[-1:], hidden(base, mixed)[-1:]), f"prefix {keep}"
+    assert same(hidden(base, ids, reuse=True)[-1:], states[-1:])
+
+
+def test_rows_of_logits_do_not_depend_on_each_other(tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf, chunk=8)  # smaller than a pass of the classifier
+    states = hidden(model, some_ids(61))
+    whole = model.logits(states)
+    assert whole.shape == (61, tiny.config.vocab_size)
+    for i in (0, 1, 7, 8, 27, 28, 60):
+        assert same(model.logits(states[i]), whole[i : i + 1])
+    assert same(model.logits(states[20:50]), whole[20:50])
+
+
+@pytest.mark.parametrize("fmt", ["F32", "F16", "BF16", "Q4_0"])
+def test_both_roads_give_the_same_logits(fmt: str, tmp_path: Path, load: Load) -> None:
+    """GGUF with permuted rows, safetensors with half-split ones; a quantised format's folder holds its F32 weights."""
+    made = make_tiny(tmp_path, fmt=fmt, tied=False)
+    a, b = load(made.gguf, precision="f32"), load(made.folder, precision="f32")
+    assert same(a.logits(hidden(a, PROMPT)), b.logits(hidden(b, PROMPT)))
+
+
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q4_1", "Q8_0"])
+def test_quantised_at_load_is_the_quantised_file(fmt: str, tmp_path: Path, load: Load) -> None:
+    plain = make_tiny(tmp_path / "plain", fmt="F32")
+    file = make_tiny(tmp_path / "file", fmt=fmt)
+    a, b = load(file.gguf), load(plain.folder, quantize=fmt.lower())
+    assert a.formats == b.formats == [fmt]
+    assert same(a.logits(hidden(a, PROMPT)), b.logits(hidden(b, PROMPT)))
+
+
+def test_ids_of_any_integer_kind(tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf)
+    expected = hidden(model, PROMPT)
+    for kind in (np.int32, np.uint16, np.int64):
+        array = np.array(PROMPT, kind)
+        slot = model.open(array)
+        slot.truncate(0)
+        assert same(model.hidden(slot, array), expected)
+        assert slot.ids == PROMPT and all(type(i) is int for i in slot.ids)
+        slot.close()
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def pages_of(model: Llama) -> int:
+    """Different pages that the open and idle slots hold."""
+    return len({id(page) for slot in model.cache._slots for page in slot.pages})
+
+
+def test_two_chats_do_not_evict_each_other(tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf)
+    chats = [some_ids(150, seed) for seed in (1, 2)]
+    for _ in range(4):
+        for chat in chats:
+            hidden(model, chat, reuse=True)
+            chat.extend(some_ids(30, len(chat)))
+            slot = model.open(chat)
+            assert slot.length == len(chat) - 30
+            slot.close()
+
+
+def test_the_last_id_is_always_computed_again(tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf)
+    ids = some_ids(100)
+    first = hidden(model, ids)
+    for n in (100, 64, 65, 1):
+        assert same(hidden(model, ids[:n], reuse=True), first[n - 1 : n])
+
+
+def test_shared_pages_survive_a_fork(tiny: Tiny, load: Load) -> None:
+    """A prompt that leaves another's way in the middle of a page, and both go on in turns."""
+    model, fresh = load(tiny.gguf), load(tiny.gguf)
+    stem = some_ids(200)
+    ways = [stem + some_ids(20, seed) for seed in (1, 2, 3)]
+    pages = []
+    for way, known in zip(ways, (0, 200, 200), strict=True):
+        slot = model.open(way)
+        assert slot.length == known
+        before = [id(page) for page in slot.pages]
+        model.hidden(slot, way[known:])
+        pages.append([id(page) for page in slot.pages])
+        if known:  # whole pages are shared, the last one is copied as soon as it is written
+            assert before[:3] == pages[-1][:3] and before[3] != pages[-1][3]
+        slot.close()
+    assert len({p[2] for p in pages}) == 1 and len({p[3] for p in pages}) == 3
+    bent = stem[:130] + some_ids(40, 9)
+    slot = model.open(ways[1] + [7])
+    slot.truncate(130)  # into a full page that the others read
+    assert same(model.hidden(slot, bent[130:]), hidden(fresh, bent)[130:])
+    slot.close()
+    for way in (ways[2], ways[0], bent, ways[2]):
+        more = [*way, 7]
+        slot = model.open(more)
+        assert slot.length == len(way)
+        assert same(model.hidden(slot, [7]), hidden(fresh, more)[-1:])
+        slot.close()
+
+
+def test_any_order_of_prompts_gives_the_right_answer(tiny: Tiny, load: Load) -> None:
+    """Seeded turmoil: forks, truncations, abandoned slots, evictions; a cache of 9 pages."""
+    model, fresh = load(tiny.gguf, context=576, chunk=128), load(tiny.gguf, context=576)
+    rng = np.random.RandomState(5)
+    stems = [some_ids(500, seed) for seed in range(4)]
+    truth = [hidden(fresh, stem) for stem in stems]
+    held: list[Any] = []
+    for turn in range(150):
+        which, n = rng.randint(4), int(rng.randint(1, 500))
+        slot = model.open(stems[which][:n])
+        if rng.randint(4) == 0:
+            slot.truncate(int(rng.randint(0, slot.length + 1)))
+        while slot.length < n:
+            last = model.hidden(slot, stems[which][slot.length : min(n, slot.length + 128)])
+        assert same(last[-1:], truth[which][n - 1 : n]), turn
+        if rng.randint(5) == 0 and len(held) < 2:
+            held.append(slot)
+        else:
+            slot.close()
+        if held and rng.randint(3) == 0:
+            held.pop().close()
+        if not held:
+            assert pages_of(model) <= model.cache.capacity == 9
+
+
+def test_a_prefix_is_taken_from_the_only_idle_slot(tiny: Tiny, load: Load) -> None:
+    """All other slots are busy, and the one to fork from is the one to forget."""
+    model, fresh = load(tiny.gguf), load(tiny.gguf)
+    ids = some_ids(100)
+    hidden(model, ids)
+    busy = [model.open(some_ids(5, seed)) for seed in range(10, 17)]
+    other = ids[:90] + [3] * 5
+    slot = model.open(other)
+    assert slot.length == 90
+    assert same(model.hidden(slot, other[90:]), hidden(fresh, other)[90:])
+    for s in [*busy, slot]:
+        s.close()
+
+
+def test_pages_stay_within_the_context(tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf, context=320)
+    for seed in range(12):
+        hidden(model, some_ids(150 + seed, seed))
+        assert pages_of(model) + len(model.cache._free) <= 5
+    full = some_ids(320)
+    hidden(model, full)
+    slot = model.open([*full, 1])
+    assert slot.length == 320
+    with pytest.raises(ContextOverflow) as error:
+        model.hidden(slot, [1])
+    assert (error.value.needed, error.value.context) == (321, 320)
+    assert slot.length == 320
+    slot.close()
+
+
+@pytest.mark.parametrize("context", [1, 63, 65, 511, 513])
+def test_contexts_that_are_no_multiple_of_anything(context: int, tiny: Tiny, load: Load) -> None:
+    model, wide = load(tiny.gguf, context=context, threads=2), load(tiny.gguf)
+    ids = some_ids(context)
+    expected = hidden(wide, ids)
+    assert same(hidden(model, ids), expected)
+    slot = model.open(ids)
+    assert same(model.hidden(slot, ids[-1:]), expected[-1:])
+    with pytest.raises(ContextOverflow):
+        model.hidden(slot, [1])
+
+
+@pytest.mark.parametrize("ids", [[], [333], [-1], [0] * 9])
+def test_ids_that_are_refused(ids: list[int], tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf, chunk=8)
+    slot = model.open([1])
+    with pytest.raises(OptionError):
+        model.hidden(slot, ids)
+    assert slot.length == 0
+    assert len(model.hidden(slot, [332])) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "best"}, {"kv": "q8_0"}, {"threads": 0}, {"threads": 257}, {"context": 0}, {"context": 4096},
+     {"quantize": "q3"}, {"quantize": "q8_0"}],
+)  # fmt: skip
+def test_options_that_are_refused(options: dict[str, Any], tiny: Tiny, load: Load) -> None:
+    with pytest.raises(OptionError):
+        load(tiny.gguf, **options)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_cancelled_from_another_thread(threads: int, tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf, threads=threads, chunk=1024, context=2048)
+    ids = some_ids(900)
+    expected = hidden(model, ids)
+    slot = model.open([5])
+    model.hidden(slot, [5])
+    stop = threading.Event()
+
+    def keep_cancelling() -> None:
+        while not stop.wait(0.0005):
+            model.cancel()
+
+    canceller = threading.Thread(target=keep_cancelling)
+    canceller.start()
+    try:
+        with pytest.raises(Cancelled):
+            while True:  # a pass may end before its cancellation
+                slot.truncate(1)
+                model.hidden(slot, ids)
+    finally:
+        stop.set()
+        canceller.join()
+    assert slot.ids == [5]
+    slot.close()
+    assert same(hidden(model, ids), expected)
+    slot = model.open([5, 6])
+    assert slot.length == 1
+
+
+def test_cancelled_before_the_pass(tiny: Tiny, load: Load) -> None:
+    model = load(tiny.gguf, threads=2)
+    slot = model.open(PROMPT)
+    model.cancel()
+    with pytest.raises(Cancelled):
+        model.hidden(slot, PROMPT)
+    assert slot.length == 0 and len(model.hidden(slot, PROMPT)) == len(PROMPT)
+
+
+def tasks() -> int:
+    """Threads of this process, as the system counts them; a joined thread may take a moment to vanish."""
+    if sys.platform != "linux":
+        return threading.active_count()
+    counts = [-1]
+    while len(counts) < 4 or len(set(counts[-4:])) > 1:
+        counts.append(len(os.listdir("/proc/self/task")))
+        time.sleep(0.005)
+    return counts[-1]
+
+
+def test_closing_joins_the_threads(tiny: Tiny, load: Load) -> None:
+    before, known = tasks(), threading.enumerate()
+    model = load(tiny.gguf, threads=5)
+    assert tasks() == before + 4
+    expected = hidden(model, PROMPT)
+    model.close()
+    model.close()
+    assert tasks() == before and threading.enumerate() == known
+    for call in (lambda: model.open(PROMPT), lambda: model.logits(expected)):
+        with pytest.raises(ModelClosed):
+            call()
+    model.cancel()
+
+
+def test_a_forgotten_model_ends_its_threads(tiny: Tiny) -> None:
+    before = tasks()
+    with open_checkpoint(tiny.gguf) as checkpoint:
+        model = Llama(checkpoint, context=128, threads=3)
+    hidden(model, PROMPT)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and tasks() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_fifty_models_leave_nothing(tiny: Tiny) -> None:
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def one() -> int:
+        with open_checkpoint(tiny.gguf) as checkpoint:
+            model = Llama(checkpoint, context=1024, threads=3)
+        hidden(model, some_ids(700))
+        size = sum(array.nbytes for array in model._arena.arrays.values())
+        model.close()
+        return size
+
+    for _ in range(5):
+        size = one()
+    before, threads = resident(), tasks()
+    for _ in range(50):
+        one()
+    assert tasks() == threads
+    assert resident() - before < 5 * size, "more than 5 of 50 models are still in memory"
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys, threading, time
+from pathlib import Path
+import numpy as np
+from smolrun.kernels import load
+from smolrun.files.checkpoint import open_checkpoint
+from smolrun.model.llama import Llama
+
+def model(**options):
+    with open_checkpoint(Path(sys.argv[1])) as checkpoint:
+        return Llama(checkpoint, **{"context": 1024, "threads": 2} | options)
+
+def hidden(model, ids):
+    slot = model.open(ids)
+    slot.truncate(0)
+    parts = [model.hidden(slot, ids[i : i + model.chunk]) for i in range(0, len(ids), model.chunk)]
+    slot.close()
+    return np.concatenate(parts)
+
+def poison(*_):
+    raise AssertionError("something was compiled")
+
+IDS = [7 * i % 300 for i in range(300)]
+"""
+
+
+def run(body: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """SCRIPT and body in a process of their own; a hang ends in TimeoutExpired, a failure in its output."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPT + body, *map(str, arguments)]
+    result = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_forked_child_and_its_parent_do_not_disturb_each_other(threads: int, tiny: Tiny) -> None:
+    body = f"""
+m = model(threads={threads})
+ways = [IDS, IDS[::-1]]
+truth = [hidden(m, ids) for ids in ways]
+pid = os.fork()
+right = all(np.array_equal(hidden(m, ways[pid == 0]), truth[pid == 0]) for _ in range(25))
+m.close()
+if pid == 0:
+    os._exit(0 if right else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the child was wrong"
+assert right, "the parent was wrong"
+"""
+    run(body, tiny.gguf)
+
+
+def test_the_end_of_the_interpreter_is_clean(tiny: Tiny) -> None:
+    """A model left open, also in the middle of a pass of a daemon thread."""
+    assert run("m = model(threads=4)\nhidden(m, IDS)\n", tiny.gguf).stderr == ""
+    body = """
+m = model(threads=4)
+started = threading.Event()
+def forever():
+    while True:
+        hidden(m, IDS)
+        started.set()
+threading.Thread(target=forever, daemon=True).start()
+started.wait()
+"""
+    run(body, tiny.gguf)
+
+
+def test_passes_between_naps(tiny: Tiny) -> None:
+    """Workers that are awake, asleep, or just falling asleep when a pass is posted."""
+    body = """
+m = model(threads=8, context=256)
+slot = m.open([1])
+want = m.hidden(slot, [1])
+for i in range(300):
+    time.sleep(i % 30 / 10_000)
+    slot.truncate(0)
+    assert np.array_equal(m.hidden(slot, [1]), want)
+"""
+    run(body, tiny.gguf)
+
+
+def test_an_exception_anywhere_in_a_pass_leaves_the_team_whole(tiny: Tiny) -> None:
+    """KeyboardInterrupt between any two instructions of Team.run."""
+    body = """
+m = model(threads=3)
+want = hidden(m, IDS[:20])
+count, target = 0, 0
+def inside(frame, event, argument):
+    global count
+    frame.f_trace_opcodes = True
+    if event == "opcode":
+        count += 1
+        if count == target:
+            raise KeyboardInterrupt
+    return inside
+def calls(frame, event, argument):
+    if frame.f_code.co_name == "run" and frame.f_code.co_filename.endswith("workers.py"):
+        return inside
+hit = 1
+while hit:
+    for nap in (0, 0.02):
+        count, hit, target = 0, 0, target + 1
+        time.sleep(nap)
+        sys.settrace(calls)
+        try:
+            hidden(m, IDS[:20])
+        except KeyboardInterrupt:
+            hit = 1
+        finally:
+            sys.settrace(None)
+        assert np.array_equal(hidden(m, IDS[:20]), want), target
+assert target > 40, target
+"""
+    run(body, tiny.gguf)
+
+
+def test_a_second_process_compiles_nothing(tiny: Tiny) -> None:
+    body = """
+load.compile_objects = poison
+hidden(model(threads=1), IDS)
+assert "numba" not in sys.modules
+"""
+    run("hidden(model(threads=1), IDS)", tiny.gguf)
+    run(body, tiny.gguf)
+
+
+KERNEL = """
+from smolrun.kernels.target import choose
+load.addresses(choose(), ["interleave"])
+"""
+
+
+def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
+    environment = os.environ | {"SMOLRUN_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT + KERNEL]
+    both = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in files] == ["interleave.o"]
+    run("load.compile_objects = poison\n" + KERNEL, SMOLRUN_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_object_is_compiled_again(damage: str, tmp_path: Path) -> None:
+    kernels.addresses(choose(), ["interleave"])
+    session = next(f for f in kernels.cache_folders(choose()) if f.is_dir()) / "interleave.o"
+    sound = session.read_bytes()
+    file = tmp_path / "kernels" / session.parent.name / session.name
+    file.parent.mkdir(parents=True)
+    spoilt = {"flip": sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:], "cut": sound[:-1], "empty": b""}[damage]
+    file.write_bytes(spoilt)
+    noticed = """
+from smolrun.kernels.target import choose
+load.compile_objects = poison
+try:
+    load.addresses(choose(), ["interleave"])
+except AssertionError:
+    sys.exit()
+sys.exit("a damaged object was linked")
+"""
+    run(noticed, SMOLRUN_CACHE_DIR=str(tmp_path))
+    run(KERNEL, SMOLRUN_CACHE_DIR=str(tmp_path))
+    mended = file.read_bytes()
+    assert len(mended) > 1000 and hashlib.sha256(mended[32:]).digest() == mended[:32]
+
+
+def test_works_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """Neither cache nor temporary directory: the objects live in memory alone."""
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    blocked = f"import tempfile\ntempfile.tempdir = {str(nowhere / 'tmp')!r}\n"
+    run(blocked + KERNEL, SMOLRUN_CACHE_DIR=str(nowhere / "cache"))
+    assert nowhere.read_text() == "" and list(tmp_path.iterdir()) == [nowhere]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
+def test_a_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("SMOLRUN_CACHE_DIR", str(tmp_path / "cache"))
+    private = tmp_path / f"smolrun-{os.getuid()}"
+    assert len(kernels.cache_folders(choose())) == 2 and private.stat().st_mode & 0o777 == 0o700
+    private.chmod(0o777)  # anybody could put code there
+    assert [f.parts[: len(tmp_path.parts) + 1][-1] for f in kernels.cache_folders(choose())] == ["cache"]
+    private.rmdir()
+    private.symlink_to(tmp_path)
+    assert len(kernels.cache_folders(choose())) == 1
+
+
+def test_kernels_that_cannot_be_had(tiny: Tiny, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLRUN_TIER", "vax")
+    with pytest.raises(KernelError, match=r"vax.*does not exist.*this CPU runs: .*generic"):
+        load(tiny.gguf)
+    monkeypatch.delenv("SMOLRUN_TIER")
+    monkeypatch.setattr(kernels, "_linked", lambda tier: kernels._Linked())
+    monkeypatch.setenv("SMOLRUN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for executable in ("", str(tmp_path / "no-python"), "/bin/false"):
+        monkeypatch.setattr(sys, "executable", executable)
+        with pytest.raises(KernelError, match="compil"):
+            load(tiny.gguf)
