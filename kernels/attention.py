@@ -19,9 +19,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .block import HEAD_DIM, PAGE, PART, SPAN
+from .block import HEAD_DIM, PAGE, PART, ROW_TILE, SPAN, B
 from .jit import TIER, kernel
+from .pointwise import rope
 from .simd import (
+    I16,
     I64,
     LANES,
     V16F32,
@@ -46,11 +48,15 @@ from .simd import (
     void,
     vsplat,
     vstore,
+    vstore_half,
     vsum,
     word,
 )
+from .team import claim
 
 i64 = types.int64
+copy_i16 = word(void, [i64, i64], lambda b, source, target: store(b, target, load(b, source, I16)))
+
 MINUS_INFINITY = float("-inf")
 FEW_ROWS = 3  # up to so many rows memory is the limit; more rows find the page in cache
 WIDTH = 4 if TIER.row_lanes == 16 else 1  # vectors of positions (scores) or of dims (values) held per row
@@ -243,3 +249,140 @@ def make_span(rows: int, element: str) -> Any:
             page = following
 
     return span
+
+
+@kernel
+def merge_spans(block, qkv):  # type: ignore[no-untyped-def]
+    """Output over q of a single token from the partials of its spans."""
+    heads = get_i64(block + B.n_heads)
+    parts = get_i64(block + B.parts)
+    for h in range(heads):
+        for first in range(SPAN, get_i64(block + B.start) + 1, SPAN):
+            merge(parts + 4 * PART * h, parts + 4 * PART * (first // SPAN * heads + h))
+        finish(parts + 4 * PART * h, qkv + 4 * HEAD_DIM * h)
+
+
+def make_attention(element: str) -> tuple[Any, Any]:
+    """(store_kv, attention) of a pass, for a KV cache of "F16" or "F32"."""
+    half = element == "F16"
+    size = 2 if half else 4
+    span_1, span_3, span_6 = (make_span(rows, element) for rows in (1, 3, ROW_TILE))
+
+    @kernel
+    def store_kv(block, layer, t, head, qkv, scratch):  # type: ignore[no-untyped-def]
+        """Rotate the queries of one KV head's group and its key; write key and value into their page."""
+        heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
+        group = heads // kv_heads
+        position = get_i64(block + B.start) + t
+        table = get_i64(block + B.rope) + position * HEAD_DIM * 4
+        row = qkv + 4 * t * (heads + 2 * kv_heads) * HEAD_DIM
+        for h in range(head * group, (head + 1) * group):
+            rope(row + 4 * HEAD_DIM * h, table, f32(0.125), row + 4 * HEAD_DIM * h)  # 1 / sqrt(head_dim): exact
+        page = (
+            get_i64(get_i64(block + B.pages) + position // PAGE * 8)
+            + layer * get_i64(block + B.layer_bytes)
+            + head * get_i64(block + B.head_bytes)
+        )
+        inside = position % PAGE
+        rope(row + 4 * HEAD_DIM * (heads + head), table, f32(1.0), scratch)
+        value = row + 4 * HEAD_DIM * (heads + kv_heads + head)
+        to = page + get_i64(block + B.value_offset) + inside * HEAD_DIM * size
+        lane = page + (inside // 16 * HEAD_DIM * 16 + inside % 16) * size
+        if half:
+            for d in range(0, HEAD_DIM, 16):
+                vstore_half(scratch + 2 * d, vload(scratch + 4 * d))  # in place: writes stay behind reads
+                vstore_half(to + 2 * d, vload(value + 4 * d))
+            for d in range(HEAD_DIM):
+                copy_i16(scratch + 2 * d, lane + 32 * d)
+        else:
+            for d in range(0, HEAD_DIM, 16):
+                vstore(to + 4 * d, vload(value + 4 * d))
+            for d in range(HEAD_DIM):
+                put_f32(lane + 64 * d, get_f32(scratch + 4 * d))
+
+    @kernel
+    def any_span(rows, q, first_row, group, start, first, pages, offset, value_offset, s, parts):  # type: ignore[no-untyped-def]
+        if rows == ROW_TILE:
+            span_6(q, first_row, group, start, first, pages, offset, value_offset, s, parts)
+        elif rows == 3:
+            span_3(q, first_row, group, start, first, pages, offset, value_offset, s, parts)
+        else:
+            span_1(q, first_row, group, start, first, pages, offset, value_offset, s, parts)
+
+    @kernel
+    def attend_rows(block, layer, head, first_row, end_row, qkv, scratch):  # type: ignore[no-untyped-def]
+        """All spans of rows first_row..end_row of a KV head, merged as they come; output over q."""
+        heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
+        group, start = heads // kv_heads, get_i64(block + B.start)
+        stride = (heads + 2 * kv_heads) * HEAD_DIM
+        offset = layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
+        q, s = scratch, scratch + 4 * ROW_TILE * HEAD_DIM
+        total = s + 4 * ROW_TILE * SPAN
+        part = total + 4 * ROW_TILE * PART
+        while first_row < end_row:
+            left = end_row - first_row
+            rows = ROW_TILE if left >= ROW_TILE else (3 if left >= 3 else 1)
+            for r in range(rows):
+                source = qkv + 4 * (
+                    (first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM
+                )
+                for d in range(0, HEAD_DIM, 16):
+                    vstore(q + 4 * (r * HEAD_DIM + d), vload(source + 4 * d))
+            last = start + (first_row + rows - 1) // group
+            for first in range(0, last + 1, SPAN):
+                into = part if first else total
+                any_span(
+                    rows, q, first_row, group, start, first, get_i64(block + B.pages), offset,
+                    get_i64(block + B.value_offset), s, into,
+                )  # fmt: skip
+                if first:
+                    for r in range(rows):
+                        if get_f32(part + 4 * PART * r + 4) > f32(0.0):
+                            merge(total + 4 * PART * r, part + 4 * PART * r)
+            for r in range(rows):
+                target = qkv + 4 * (
+                    (first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM
+                )
+                finish(total + 4 * PART * r, target)
+            first_row += rows
+
+    @kernel
+    def attend_span(block, layer, head, first, qkv, scratch):  # type: ignore[no-untyped-def]
+        """One span of a single token's rows of a KV head, kept as partials for `merge_spans`."""
+        heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
+        group, start = heads // kv_heads, get_i64(block + B.start)
+        offset = layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
+        r = 0
+        while r < group:
+            left = group - r
+            rows = ROW_TILE if left >= ROW_TILE else (3 if left >= 3 else 1)
+            h = head * group + r
+            part = get_i64(block + B.parts) + 4 * PART * (first // SPAN * heads + h)
+            any_span(
+                rows, qkv + 4 * HEAD_DIM * h, r, group, start, first, get_i64(block + B.pages), offset,
+                get_i64(block + B.value_offset), scratch + 4 * ROW_TILE * HEAD_DIM, part,
+            )  # fmt: skip
+            r += rows
+
+    @kernel
+    def attention(block, layer, counter, qkv, scratch):  # type: ignore[no-untyped-def]
+        heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
+        n = get_i64(block + B.n)
+        if n == 1:
+            spans = get_i64(block + B.start) // SPAN + 1
+            while True:
+                i = claim(counter, 0, 1)
+                if i >= spans * kv_heads:
+                    return
+                attend_span(block, layer, i % kv_heads, i // kv_heads * SPAN, qkv, scratch)
+        rows = n * (heads // kv_heads)
+        tiles = (rows + ROW_TILE - 1) // ROW_TILE
+        while True:
+            i = claim(counter, 0, 1)
+            if i >= tiles * kv_heads:
+                return
+            # the longest rows first, so that the last claim is a short one
+            tile = tiles - 1 - i // kv_heads
+            attend_rows(block, layer, i % kv_heads, tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE), qkv, scratch)
+
+    return store_kv, attention
