@@ -106,18 +106,18 @@ def _write(folders: list[Path], name: str, code: bytes) -> None:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            part = tempfile.NamedTemporaryFile(dir=folder, delete=False)
+            handle, part = tempfile.mkstemp(dir=folder)
         except OSError:
             continue  # read-only: the next folder, or none; the object is in memory anyway
         try:
-            with part:
-                part.write(hashlib.sha256(code).digest() + code)
-                part.flush()
-                os.fsync(part.fileno())
-            os.replace(part.name, folder / f"{name}.o")
+            with open(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, folder / f"{name}.o")
             return
         except OSError:  # a full disk
-            os.unlink(part.name)
+            os.unlink(part)
 
 
 def compile_objects(tier: Tier, names: list[str], progress: Progress | None = None) -> dict[str, bytes]:

@@ -654,6 +654,16 @@ def test_works_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert nowhere.read_text() == "" and list(tmp_path.iterdir()) == [nowhere]
 
 
+def test_a_full_disk_leaves_no_fragments(tmp_path: Path) -> None:
+    body = """
+def full(_):
+    raise OSError(28, "No space left on device")
+os.fsync = full
+"""
+    run(body + KERNEL, SMOLRUN_CACHE_DIR=str(tmp_path), TMPDIR=str(tmp_path))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
 def test_a_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
