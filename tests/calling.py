@@ -94,6 +94,27 @@ class Kernels:
         parts = [np.ascontiguousarray(whole[i : i + step].swapaxes(0, 1)) for i in range(0, len(x), step)]
         return copied(np.concatenate([p.reshape(-1).view(np.uint8) for p in parts]))
 
+    def prepared(
+        self, case: Case, raw: np.ndarray, x: np.ndarray, groups: Iterable[tuple[int, int]] | None = None, add: int = 0
+    ) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
+        """(run, result): a call over the ranges of row groups given, and y (tokens, rows), a view of what it wrote."""
+        w = copied(pack(case.format, raw, len(raw)))
+        count, n = w.shape[0], len(x)
+        tiles, scratch = self.tiles(x, case.mode), aligned(64 * case.k)
+        y = aligned(4 * (n * count * ROWS + ROWS), GUARD).view(np.float32)
+        function, ranges = self._integers(case.name, 10), [*(groups or ((0, count),))]
+
+        def run() -> None:  # holds the arrays
+            fixed = (address(tiles), n, address(y), count * ROWS, add, address(scratch))
+            for first, end in ranges:
+                function(address(w), case.k // 32, first, end, *fixed)
+
+        def result() -> np.ndarray:
+            assert (y[n * count * ROWS :].view(np.uint8) == GUARD).all(), "wrote behind y"
+            return y[: n * count * ROWS].reshape(n, -1)[:, : len(raw)]
+
+        return run, result
+
     def matmul(
         self,
         case: Case,
@@ -103,22 +124,12 @@ class Kernels:
         groups: Iterable[tuple[int, int]] | None = None,
         add: np.ndarray | None = None,
     ) -> np.ndarray:
-        """y (tokens, rows) = x w^T (+ add), by the ranges of row groups given."""
-        w = copied(pack(case.format, raw, len(raw)))
-        count, n = w.shape[0], len(x)
-        tiles = self.tiles(x, case.mode)
-        y = aligned(4 * (n * count * ROWS + ROWS), GUARD).view(np.float32)
+        """y (tokens, rows) = x w^T (+ add)."""
+        run, result = self.prepared(case, raw, x, groups, int(add is not None))
         if add is not None:
-            y[: n * count * ROWS].reshape(n, -1)[:, : len(raw)] = add
-        scratch = aligned(64 * case.k)
-        run = self._integers(case.name, 10)
-        for first, end in groups or ((0, count),):
-            run(
-                address(w), case.k // 32, first, end, address(tiles), n, address(y), count * ROWS,
-                int(add is not None), address(scratch),
-            )  # fmt: skip
-        assert (y[n * count * ROWS :].view(np.uint8) == GUARD).all(), "wrote behind y"
-        return y[: n * count * ROWS].reshape(n, -1)[:, : len(raw)].copy()
+            result()[:] = add
+        run()
+        return result().copy()
 
     def row(self, fmt: str, raw: np.ndarray, k: int, rows: Iterable[int]) -> np.ndarray:
         """Rows of the matrix as float32."""
