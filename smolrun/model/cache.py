@@ -39,6 +39,7 @@ class Slot:
         self.ids: list[int] = []
         self.pages: list[Page] = []
         self.table: NDArray[np.int64] = np.zeros(cache.capacity, np.int64)
+        self.table_address = self.table.ctypes.data
         self.busy = False
         self.used = 0
 
