@@ -440,6 +440,29 @@ def test_closing_joins_the_threads(tiny: Tiny, load: Load) -> None:
     model.cancel()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_closed_while_another_thread_computes(threads: int, tiny: Tiny, load: Load) -> None:
+    """The pass ends, its caller is told, and nobody waits for a thread that has gone."""
+    for _ in range(20):
+        model = load(tiny.gguf, threads=threads, context=256)
+        computing, ends = threading.Event(), []
+
+        def compute(model: Llama = model, computing: threading.Event = computing, ends: list[Any] = ends) -> None:
+            try:
+                while True:
+                    model.logits(hidden(model, PROMPT))
+                    computing.set()
+            except (Cancelled, ModelClosed) as error:
+                ends.append(error)
+
+        other = threading.Thread(target=compute)
+        other.start()
+        computing.wait()
+        model.close()
+        other.join(60)
+        assert not other.is_alive() and len(ends) == 1
+
+
 def test_a_forgotten_model_ends_its_threads(tiny: Tiny) -> None:
     before = tasks()
     with open_checkpoint(tiny.gguf) as checkpoint:

@@ -159,20 +159,23 @@ class Llama:
     def _array(self, name: str) -> Floats:
         return self._arena.arrays[name].view(np.float32)
 
-    def _run(self, job: str, **words: int) -> bool:
-        if self._team is None:
+    def _open_team(self) -> Team:
+        """The team; `close` of another thread may take it at any time, so it is looked at once."""
+        if (team := self._team) is None:
             raise ModelClosed("the model is closed: load it again")
-        self.block[B.team // 8] = self._team.address
+        return team
+
+    def _run(self, job: str, **words: int) -> bool:
+        team = self._open_team()
+        self.block[B.team // 8] = team.address
         for name, value in words.items():
             self.block[getattr(B, name) // 8] = value
         self._arena.arrays["counters"].fill(0)
-        return self._team.run(job, self._block_address)
+        return team.run(job, self._block_address)
 
     def open(self, ids: Sequence[int]) -> Slot:
         """A cache slot for a prompt; `.length` of its ids, at most all but the last, need not be computed again."""
-        if self._team is None:
-            raise ModelClosed("the model is closed: load it again")
-        self._team.cancel(False)
+        self._open_team().cancel(False)
         return self.cache.open(ids)
 
     def hidden(self, slot: Slot, ids: Sequence[int], *, cancel: Any = None) -> Floats:
@@ -203,8 +206,7 @@ class Llama:
         self._extend_rope(start + n)
         self._arena.arrays["ids"].view(np.int64)[:n] = array
         if not self._run("forward", n=n, start=start, pages=slot.table_address):
-            if self._team is not None:
-                self._team.cancel(False)
+            self._open_team().cancel(False)
             raise Cancelled
         slot.ids.extend(array.tolist())
         hidden: Floats = self._array("out")[: n * self.config.dim].reshape(n, -1).copy()
@@ -220,8 +222,7 @@ class Llama:
             part = states[first : first + self._logit_rows]
             self._array("out")[: part.size] = part.reshape(-1)
             if not self._run("classify", n=len(part)):
-                if self._team is not None:
-                    self._team.cancel(False)
+                self._open_team().cancel(False)
                 raise Cancelled
             out[first : first + len(part)] = self._array("logits")[: len(part) * width].reshape(-1, width)[
                 :, : c.vocab_size
@@ -237,8 +238,8 @@ class Llama:
 
     def cancel(self) -> None:
         """Make a running pass end within one phase of one layer."""
-        if self._team is not None:
-            self._team.cancel()
+        if (team := self._team) is not None:
+            team.cancel()
 
     def close(self) -> None:
         """End the threads; memory goes with the object."""
