@@ -19,7 +19,10 @@ def test_figures_are_made_from_the_committed_results() -> None:
     assert module.insert(README, module.figures()) == README, "run: python benchmarks/readme.py"
 
 
-@pytest.mark.parametrize("path", sorted(p for d in ("smolrun", "kernels") for p in (ROOT / d).rglob("*.py")), ids=lambda p: p.name)
+SOURCES = sorted(p for folder in ("smolrun", "kernels") for p in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_the_tree_names_every_file(path: Path) -> None:
     if path.name in ("__init__.py", "__main__.py") or path.parent.name == "cli":
         return
