@@ -99,7 +99,8 @@ def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):
     """Activations of `readers` consecutive matrices from w on, tokens claimed.
 
     rows: k floats each, `stride` floats apart. norm: weight of an RMSNorm to apply first, or 0. split: the row
-    is the attention of a single token, still in partials. row: scratch of k floats.
+    is the attention of a single token, still in partials. row: scratch of k floats. Those readers that take int8 take
+    the same number of terms: the model's table of precisions is by matrix, not by format.
     """
     terms, floats = 0, 0
     for i in range(readers):

@@ -27,6 +27,17 @@ from .target import Tier
 
 Progress = Callable[[int, int, str], None]
 _LOCK = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A child forked while another thread compiled would wait for that thread for ever."""
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _CHILD = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
+from smolrun.errors import SmolrunError
 from smolrun.kernels.block import HEAD_DIM, PAGE, PART, SPAN, scratch_bytes
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
 from smolrun.kernels.target import RECORD_BYTES
@@ -114,7 +115,13 @@ class Arena:
         # Python's default is shared memory: a forked child would compute in its parent's buffers, and Linux gives it no
         # huge pages
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._memory = mmap.mmap(-1, max(sum(rounded.values()), 64), **private)
+        total = max(sum(rounded.values()), 64)
+        try:
+            self._memory = mmap.mmap(-1, total, **private)
+        except OSError as error:
+            raise SmolrunError(
+                f"the system gives no {total:,} bytes of memory ({error}): choose a smaller context, model or format"
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(self._memory, np.uint8)
