@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 
 from .target import TIERS
 
@@ -51,14 +52,15 @@ def _function(name: str):  # type: ignore[no-untyped-def]
     raise ValueError(f"no kernel {name!r}; there are {NAMES}")
 
 
-def main(tier: str, names: list[str], emit: str = "object") -> None:
+def main(tier: str, names: Iterable[str], emit: str = "object") -> None:
     """Compile entry points for a tier.
 
     emit: "object" for relocatable code, "assembly" for its text.
     """
     target = TIERS[tier]
     os.environ.update(SMOLRUN_BUILD_TIER=tier, NUMBA_CPU_NAME=target.cpu, NUMBA_CPU_FEATURES=target.features)
-    os.environ.update(NUMBA_DISABLE_JIT="0", NUMBA_OPT="3", NUMBA_DEBUGINFO="0")
+    # Numba's own optimiser would run on every function before it is linked: ours runs once, on the whole (jit.py)
+    os.environ.update(NUMBA_DISABLE_JIT="0", NUMBA_OPT="0", NUMBA_DEBUGINFO="0")
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing but frames goes to stdout
     from .jit import compile_c

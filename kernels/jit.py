@@ -57,7 +57,8 @@ define {value} @{name}({params}) {{
     machine = llvm.Target.from_triple(module.triple).create_target_machine(
         cpu=TIER.cpu, features=TIER.features, opt=3, reloc="pic", codemodel="small"
     )
-    passes = llvm.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()
-    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3)))
+    tuning = llvm.create_pipeline_tuning_options(3)
+    builder = llvm.create_pass_builder(machine, tuning)
+    passes = builder.getModulePassManager()
+    passes.run(module, builder)
     return machine.emit_object(module) if emit == "object" else machine.emit_assembly(module).encode()

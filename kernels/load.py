@@ -9,6 +9,7 @@ only not found.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -42,8 +43,9 @@ _CHILD = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from smolrun.kernels.build import main
-main(sys.argv[2], sys.argv[3:])
+main(sys.argv[2], map(str.strip, sys.stdin))
 """
+COMPILERS = 2  # 200 MB each; the forward pass is half of the work, so a third would wait for it
 
 
 class BuildError(RuntimeError):
@@ -132,36 +134,72 @@ def _write(folders: list[Path], name: str, code: bytes) -> None:
 
 
 def compile_objects(tier: Tier, names: list[str], progress: Progress | None = None) -> dict[str, bytes]:
-    """Compile entry points in a child process.
+    """Compile entry points in child processes, COMPILERS at a time; a child that is done with one is given the next.
 
     Raises:
-        BuildError: the child could not be started or failed; its last words are in the message.
+        BuildError: a child could not be started or failed; its last words are in the message.
     """
     if not sys.executable:
         raise BuildError("kernels must be compiled and sys.executable names no Python to do it with")
+    waiting, objects, errors = list(names), dict[str, bytes](), list[BuildError]()
+
+    def done(name: str, code: bytes) -> None:
+        objects[name] = code
+        if progress:
+            progress(len(objects), len(names), name)
+
+    def serve() -> None:
+        try:
+            _compile(tier, waiting, done)
+        except BuildError as error:
+            waiting.clear()
+            errors.append(error)
+
+    helpers = [threading.Thread(target=serve) for _ in range(min(COMPILERS, os.cpu_count() or 1, len(names)) - 1)]
+    for helper in helpers:
+        helper.start()
+    serve()
+    for helper in helpers:
+        helper.join()
+    if errors:
+        raise errors[0]
+    return objects
+
+
+def _compile(tier: Tier, waiting: list[str], done: Callable[[str, bytes], None]) -> None:
+    """One child; takes names from the front of `waiting` until none is left."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    command = [sys.executable, "-c", _CHILD, json.dumps([p for p in sys.path if p]), tier.name, *names]
-    objects: dict[str, bytes] = {}
+    command = [sys.executable, "-c", _CHILD, json.dumps([p for p in sys.path if p]), tier.name]
     with _scratch() as errors:
         try:
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
             )
         except OSError as error:
             raise BuildError(f"kernels must be compiled and {sys.executable} did not start: {error}") from error
+        name = ""
         with child:
-            assert child.stdout is not None
-            while line := child.stdout.readline():
-                frame = json.loads(line)
-                objects[frame["name"]] = child.stdout.read(frame["bytes"])
-                if progress:
-                    progress(len(objects), len(names), frame["name"])
-        if child.returncode or len(objects) < len(names):
+            assert child.stdin is not None and child.stdout is not None
+            while True:
+                try:
+                    name = waiting.pop(0)  # one step: the other child's thread may take the last one
+                except IndexError:
+                    break
+                with contextlib.suppress(BrokenPipeError):  # it died: its answer, an empty line, says so too
+                    child.stdin.write(name.encode() + b"\n")
+                    child.stdin.flush()
+                line = child.stdout.readline()
+                if not line:
+                    break
+                code = child.stdout.read(json.loads(line)["bytes"])
+                done(name, code)
+                name = ""
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
+        if name or child.returncode:
             errors.seek(0)
             tail = errors.read().decode(errors="replace").strip().splitlines()[-3:]
-            missing = ", ".join(n for n in names if n not in objects)
-            raise BuildError(f"compiling {missing} for {tier.name} failed ({child.returncode}): {' | '.join(tail)}")
-    return objects
+            raise BuildError(f"compiling {name} for {tier.name} failed ({child.returncode}): {' | '.join(tail)}")
 
 
 def _scratch() -> IO[bytes]:

@@ -665,7 +665,7 @@ sys.exit("a damaged object was linked")
     run(noticed, SMOLRUN_CACHE_DIR=str(tmp_path))
     run(KERNEL, SMOLRUN_CACHE_DIR=str(tmp_path))
     mended = file.read_bytes()
-    assert len(mended) > 1000 and hashlib.sha256(mended[32:]).digest() == mended[:32]
+    assert len(mended) > 500 and hashlib.sha256(mended[32:]).digest() == mended[:32]
 
 
 def test_works_where_nothing_can_be_written(tmp_path: Path) -> None:
