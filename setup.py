@@ -30,12 +30,13 @@ setup(
     install_requires=[
         "numpy>=2.0",
         "numba>=0.68",
-        "safetensors>=0.5",
+        "safetensors>=0.6",
         "tokenizers>=0.21",
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "click>=8.1",
     ],
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     extras_require={"test": TEST, "reference": REFERENCE},
     entry_points={"console_scripts": ["smolrun=smolrun.cli:main"]},
 )

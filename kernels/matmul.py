@@ -118,6 +118,15 @@ class Record:
             return d, m
         per_block = BLOCK // panel.group
         subs = panel.blocks * per_block
+        if panel.scales == "dm_sub":
+            eights = ir.VectorType(I8, LANES)
+            parts = []
+            for i in range(2):
+                index = b.add(self.within, ir.Constant(I64, i * subs))
+                sub = load(b, b.add(self.scales, b.mul(index, ir.Constant(I64, ROWS))), eights)
+                factor = load(b, at(b, self.scales, (2 * subs + 2 * i) * ROWS), halves)
+                parts.append(b.fmul(emit_half_to_f32(b, factor), b.uitofp(sub, V16F32)))
+            return parts[0], b.fneg(parts[1])
         index = b.add(b.mul(self.within, ir.Constant(I64, per_block)), ir.Constant(I64, group))
         sub = load(b, b.add(self.scales, b.mul(index, ir.Constant(I64, ROWS))), ir.VectorType(I8, LANES))
         d = emit_half_to_f32(b, load(b, at(b, self.scales, subs * ROWS), halves))

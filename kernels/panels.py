@@ -12,6 +12,10 @@ one lane of i32x16.
     Q4_0  [4-bit plane][16 x f16 d]                        288 B = 16 x  18, the bytes of the file
     Q4_1  [4-bit plane][16 x f16 d][16 x f16 m]            320 B = 16 x  20
     Q8_0  [8-bit plane][16 x f16 d]                        544 B = 16 x  34
+    Q5_0  [4-bit plane][1-bit plane][16 x f16 d]           352 B = 16 x  22
+    Q5_1  [4-bit plane][1-bit plane][16 x f16 d][16 x f16 m]  384 B = 16 x 24
+    Q4_K  8 x [4-bit plane], [8 subs][16 rows] u8, [8 minima][16 rows] u8, [16 x f16 d][16 x f16 dmin]   2,368 B
+    Q5_K  8 x [4-bit plane][1-bit plane], then as Q4_K     2,880 B; both 64 B more than the file, whose subs have 6 bits
     Q6_K  8 x [4-bit plane][2-bit plane], [16 subs][16 rows] i8, [16 x f16 d]     3,360 B = 16 x 210
     F32, F16, BF16        k vectors of 16 rows
 
@@ -26,6 +30,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .formats import FORMATS
 
 Bytes = NDArray[np.uint8]
 ROWS = 16  # rows of a row group = lanes
@@ -42,7 +48,8 @@ class Panel:
         zero: u that means 0.
         blocks: 32-wide blocks in a record.
         group: k that share a scale, 32 or 16.
-        scales: "d" (f16), "dm" (f16 scale and minimum) or "d_sub" (f16 times an int8 per group); "" for float formats.
+        scales: "d" (f16), "dm" (f16 scale and minimum), "d_sub" (f16 times an int8 per group), "dm_sub" (two f16, each
+            times a uint8 per block: scale and subtracted minimum); "" for float formats.
         pack: file bytes (rows, row_bytes) -> (groups, records, record_bytes); rows a multiple of 16.
     """
 
@@ -69,7 +76,8 @@ class Panel:
         """Bytes of one record; for float formats of 32 k."""
         if self.is_float:
             return ROWS * BLOCK * (4 if self.name == "F32" else 2)
-        tail = {"d": 2, "dm": 4, "d_sub": 2 + self.blocks * BLOCK // self.group}[self.scales]
+        subs = self.blocks * BLOCK // self.group
+        tail = {"d": 2, "dm": 4, "d_sub": 2 + subs, "dm_sub": 4 + 2 * subs}[self.scales]
         return self.blocks * self.block_bytes + ROWS * tail
 
 
@@ -99,6 +107,48 @@ def _pack_q4_0(raw: Bytes) -> Bytes:
 def _pack_q4_1(raw: Bytes) -> Bytes:
     blocks = raw.reshape(len(raw), -1, 20)
     return _record(_quads(blocks[..., 4:]), _lanes(np.ascontiguousarray(blocks[..., :4]).view("<u2")))
+
+
+def _plane1(bits: Bytes) -> Bytes:
+    """(..., 32) zeros and ones, k upwards -> (..., 4) bytes: bit j of byte i is k = 4 j + i."""
+    quads = bits.reshape(*bits.shape[:-1], BLOCK // 4, 4)
+    return np.packbits(quads, axis=-2, bitorder="little").reshape(*bits.shape[:-1], 4)
+
+
+def _pack_q5(scale_bytes: int) -> Callable[[Bytes], Bytes]:
+    """Q5_0 (2 bytes of scales) and Q5_1 (4): scales, 32 high bits, then nibbles as in Q4_0."""
+
+    def pack(raw: Bytes) -> Bytes:
+        blocks = raw.reshape(len(raw), -1, scale_bytes + 20)
+        scales, high, nibbles = np.split(blocks, [scale_bytes, scale_bytes + 4], axis=-1)
+        planes = np.concatenate([nibbles, _plane1(np.unpackbits(high, axis=-1, bitorder="little"))], axis=-1)
+        return _record(_quads(planes), _lanes(np.ascontiguousarray(scales).view("<u2")))
+
+    return pack
+
+
+def _pack_k_with_minima(high_bits: bool) -> Callable[[Bytes], Bytes]:
+    """Q4_K, and Q5_K with 32 bytes of high bits: d, dmin, 12 bytes of 6-bit scales and minima, then nibbles."""
+
+    def pack(raw: Bytes) -> Bytes:
+        blocks = raw.reshape(len(raw), -1, 176 if high_bits else 144)
+        d, packed, high, nibbles = np.split(blocks, [4, 16, 48 if high_bits else 16], axis=-1)
+        # 6-bit fields: the first four scales and minima in the low bits of bytes 0-7, the others in nibbles of bytes
+        # 8-11 with their top bits in the high bits of bytes 0-7
+        low, top = packed[..., :8] & 63, packed[..., :8] >> 6
+        rest = np.concatenate([packed[..., 8:] & 15, packed[..., 8:] >> 4], axis=-1) | (top << 4)
+        subs = np.concatenate([low[..., :4], rest[..., :4], low[..., 4:], rest[..., 4:]], axis=-1)
+        # file: chunks of 64 k, the first 32 in the low nibbles of 32 bytes, the others in the high ones
+        chunks = nibbles.reshape(*nibbles.shape[:2], 4, 1, BLOCK)
+        values = np.concatenate([chunks & 15, chunks >> 4], axis=3).reshape(*nibbles.shape[:2], 8, BLOCK)
+        planes = values[..., :16] | (values[..., 16:] << 4)
+        if high_bits:
+            bits = (high[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # (rows, records, block, 32)
+            planes = np.concatenate([planes, _plane1(bits)], axis=-1)
+        quads = _quads(planes.reshape(*blocks.shape[:2], -1))
+        return _record(quads, _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+
+    return pack
 
 
 def _pack_q8_0(raw: Bytes) -> Bytes:
@@ -140,7 +190,11 @@ PANELS: dict[str, Panel] = {
         Panel("BF16", (), 0, 1, 32, "", _pack_float(2)),
         Panel("Q4_0", (4,), 8, 1, 32, "d", _pack_q4_0),
         Panel("Q4_1", (4,), 0, 1, 32, "dm", _pack_q4_1),
+        Panel("Q5_0", (4, 1), 16, 1, 32, "d", _pack_q5(2)),
+        Panel("Q5_1", (4, 1), 0, 1, 32, "dm", _pack_q5(4)),
         Panel("Q8_0", (8,), 128, 1, 32, "d", _pack_q8_0),
+        Panel("Q4_K", (4,), 0, 8, 32, "dm_sub", _pack_k_with_minima(False)),
+        Panel("Q5_K", (4, 1), 0, 8, 32, "dm_sub", _pack_k_with_minima(True)),
         Panel("Q6_K", (4, 2), 32, 8, 16, "d_sub", _pack_q6_k),
     )
 }
@@ -160,7 +214,8 @@ def pack(name: str, raw: Bytes, rows: int, out: Bytes | None = None) -> Bytes:
     """
     panel = PANELS[name]
     matrix = raw.reshape(rows, -1)
-    records = matrix.shape[1] * ROWS // panel.record_bytes
+    fmt = FORMATS[name]
+    records = matrix.shape[1] // fmt.dtype.itemsize * fmt.block // (panel.blocks * BLOCK)
     shape = (-(-rows // ROWS), records, panel.record_bytes)
     target = np.empty(shape, np.uint8) if out is None else out.reshape(shape)
     step = max(

@@ -18,7 +18,7 @@ from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 HEAD_DIM = 64
 TERMS = {"f32": 0, "int8": 1, "int8x2": 2}  # activation mode -> int8 terms
 FLOATS = ("F32", "F16", "BF16")
-QUANTS = ("Q4_0", "Q4_1", "Q8_0", "Q6_K")
+QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,15 @@ BUDGETS: dict[tuple[str, str], Budget] = {
 
 
 def blocks(fmt: str, rows: int, k: int, seed: int = 0) -> np.ndarray:
-    """Bytes (rows, row_bytes) of normal weights in a format."""
-    values = np.random.default_rng(seed).standard_normal((rows, k)).astype(np.float32)
+    """Bytes (rows, row_bytes) of normal weights in a format; random bits of that size where nobody here quantises."""
+    rng = np.random.default_rng(seed)
+    if FORMATS[fmt].quantize is None:
+        raw = rng.integers(0, 256, (rows, k // FORMATS[fmt].block * FORMATS[fmt].dtype.itemsize), np.uint8)
+        view = raw.view(FORMATS[fmt].dtype)
+        view["d"] = rng.uniform(0.002, 0.004, view.shape)
+        view["dmin"] = rng.uniform(0.01, 0.03, view.shape)
+        return raw
+    values = rng.standard_normal((rows, k)).astype(np.float32)
     return np.ascontiguousarray(quantize_ref(FORMATS[fmt], values)).view(np.uint8).reshape(rows, -1)
 
 
@@ -88,10 +95,13 @@ def weights(fmt: str, raw: np.ndarray) -> np.ndarray:
 def magnitudes(fmt: str, raw: np.ndarray) -> np.ndarray:
     """|w|, or |w - minimum| + |minimum| where a kernel sums the two apart: float32 (rows, k)."""
     w = weights(fmt, raw)
-    if fmt != "Q4_1":
+    minima = {"m", "dmin"} & set(FORMATS[fmt].dtype.names or ())
+    if not minima:
         return np.abs(w)
-    minimum = np.repeat(raw.view(FORMATS[fmt].dtype)["m"].astype(np.float32), 32, axis=1)
-    return np.abs(w - minimum) + np.abs(minimum)
+    without = raw.copy()
+    without.view(FORMATS[fmt].dtype)[minima.pop()] = 0
+    scaled = weights(fmt, without)
+    return np.abs(scaled) + np.abs(w - scaled)
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------
