@@ -30,9 +30,11 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 PATIENCE = 30.0  # seconds for what should take milliseconds
 ESCAPES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\x1b[=>]|\r")
 
-# Ctrl-C reaches a process only from its controlling terminal.
+# Ctrl-C reaches a process only from its controlling terminal, and one that does not ignore it: what a shell starts in the
+# background does, and so do its children.
 START = """
-import fcntl, os, runpy, sys, termios
+import fcntl, os, runpy, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 sys.path[:0] = [{tests!r}, {root!r}]
 sys.argv = ["smolrun", *{arguments!r}]
