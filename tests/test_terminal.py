@@ -30,8 +30,8 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 PATIENCE = 30.0  # seconds for what should take milliseconds
 ESCAPES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\x1b[=>]|\r")
 
-# Ctrl-C reaches a process only from its controlling terminal, and one that does not ignore it: what a shell starts in the
-# background does, and so do its children.
+# Ctrl-C reaches a process only from its controlling terminal, and one that does not ignore it: what a shell starts in
+# the background does, and so do its children.
 START = """
 import fcntl, os, runpy, signal, sys, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)
