@@ -16,8 +16,9 @@ from numba import types
 
 from .target import TIERS
 
-# The tier this process compiles for.
-TIER = TIERS[os.environ["SMOLRUN_BUILD_TIER"]]
+if os.environ.get("SMOLRUN_BUILD_TIER") not in TIERS:
+    raise ImportError("kernels compile for one tier a process: use smolrun.kernels.build, or set SMOLRUN_BUILD_TIER")
+TIER = TIERS[os.environ["SMOLRUN_BUILD_TIER"]]  # what this process compiles for
 
 # No exceptions, no bounds checks, no fast-math: what is left is arithmetic on addresses, and an object without Python
 # symbols.
