@@ -175,26 +175,20 @@ def word(result: types.Type, args: Sequence[types.Type], emit: Callable[..., Any
 i64, i32, f32, f64, void = types.int64, types.int32, types.float32, types.float64, types.void
 
 get_i64 = word(i64, [i64], lambda b, p: load(b, p, I64))
-get_i32 = word(i32, [i64], lambda b, p: load(b, p, I32))
 get_f32 = word(f32, [i64], lambda b, p: load(b, p, F32))
 put_i64 = word(void, [i64, i64], store)
 put_i32 = word(void, [i64, i32], store)
 put_f32 = word(void, [i64, f32], store)
-put_i8 = word(void, [i64, i32], lambda b, p, v: store(b, p, b.trunc(v, I8)))
 
 vload = word(f32x16, [i64], lambda b, p: load(b, p, V16F32))
-vload_half = word(f32x16, [i64], lambda b, p: emit_load_as_f32(b, p, "F16"))
 vstore = word(void, [i64, f32x16], store)
 vstore_half = word(void, [i64, f32x16], lambda b, p, v: store(b, p, emit_f32_to_half(b, v)))
 vstore_i8 = word(void, [i64, i32x16], lambda b, p, v: store(b, p, b.trunc(v, ir.VectorType(I8, LANES))))
 vsplat = word(f32x16, [f32], splat)
-vbroadcast = word(f32x16, [i64], broadcast_f32)
 vfma = word(f32x16, [f32x16, f32x16, f32x16], emit_fma)
 vabs = word(f32x16, [f32x16], lambda b, v: call_llvm(b, "fabs", v))
 vrint = word(f32x16, [f32x16], lambda b, v: call_llvm(b, "rint", v))
 vto_i32 = word(i32x16, [f32x16], lambda b, v: b.fptosi(v, V16I32))
-vto_f32 = word(f32x16, [i32x16], lambda b, v: b.sitofp(v, V16F32))
-vsplat_i32 = word(i32x16, [i32], splat)
 sqrt = word(f32, [f32], lambda b, v: call_llvm(b, "sqrt", v))
 fma = word(f32, [f32, f32, f32], emit_fma)
 

@@ -31,9 +31,8 @@ class Tier:
         machines: `platform.machine()` values it exists on; empty for all.
         cpu: LLVM CPU name.
         needs: LLVM features that must be there; also the feature string LLVM is given.
-        dot: how four int8 products are summed: "vnni", "maddubs" or "plain".
+        dot: how four int8 products are summed: "vnni512", "vnni256", "maddubs" or "plain" (matmul.DOTS).
         half: f16 <-> f32 in hardware (F16C).
-        fma: fused multiply-add in hardware; else a libm call, slow and exact.
         token_tile: tokens per prefill tile; so many accumulators fit the registers.
         row_lanes: f32 lanes of one register; only a hint for tile shapes, every tier computes with 16 logical lanes.
     """

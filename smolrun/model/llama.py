@@ -49,6 +49,7 @@ class Llama:
         context: positions a sequence may have.
         chunk: ids that one call of `hidden` takes at most.
         tier: the kernels in use.
+        formats: weight formats in memory.
     """
 
     def __init__(
@@ -113,8 +114,6 @@ class Llama:
         self._team: Team | None = Team(code, self.threads)
         self.block = self._fill(code, sizes)
         self._block_address = self.block.ctypes.data  # asking NumPy for it costs 3 us
-
-    load = classmethod(lambda cls, checkpoint, **options: cls(checkpoint, **options))
 
     def _context(self, wanted: int | None, weights: int) -> int:
         limit = self.config.max_positions

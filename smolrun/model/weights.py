@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,6 +163,3 @@ class Weights:
         self.embed: NDArray[np.int64] = np.array(entry("token_embd.weight", "head"), np.int64)
         head = "output.weight" if "output.weight" in matrices else "token_embd.weight"
         self.head: NDArray[np.int64] = np.array(entry(head, "head"), np.int64)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arena.arrays)
