@@ -150,9 +150,12 @@ def broadcast_f32(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 
 def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at an address; it need not exist."""
+    """Ask for the cache line at an address; it need not exist.
+
+    Into L2: a core waits for some 24 lines of L1 at a time, at 100 ns a line a third of what memory gives.
+    """
     function = declare(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    b.call(function, [pointer(b, address, I8), *(ir.Constant(I32, v) for v in (0, 3, 1))])  # to read, into L1, data
+    b.call(function, [pointer(b, address, I8), *(ir.Constant(I32, v) for v in (0, 2, 1))])  # to read, into L2, data
 
 
 # ---- the same words for Numba code -----------------------------------------------------------------------------------
