@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from smolrun.errors import OptionError
 from smolrun.generate.engine import Cancel, FinishReason, Model, Progress, Step, generate_ids
 from smolrun.generate.sampler import Sampling
+from smolrun.generate.speculate import Speculator
 
 Stop = str | int | Iterable[str | int]
 
@@ -23,6 +24,7 @@ class Timings:
         first_token_seconds: from the start of the answer to its first id, the queue included; None without one.
         decode_tokens: ids after the first one, a stop id included.
         decode_seconds: spent on them.
+        guessed_tokens, accepted_tokens: of speculative decoding.
     """
 
     queue_seconds: float
@@ -32,6 +34,8 @@ class Timings:
     first_token_seconds: float | None
     decode_tokens: int
     decode_seconds: float
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def cached_tokens(self) -> int:
@@ -134,9 +138,12 @@ class Answer:
     do not depend on what the cache held, the answer stays the same.
     """
 
-    def __init__(self, model: Model, request: Request, stop_ids: set[int]) -> None:
+    def __init__(
+        self, model: Model, request: Request, stop_ids: set[int], speculator: Speculator | None = None
+    ) -> None:
         self.request = request
         self.sampling = request.sampling.seeded()
+        self._speculation = speculator.begin(self.sampling, len(request.ids)) if speculator is not None else None
         self.ids: list[int] = []
         self.queue_seconds = 0.0
         self._model = model
@@ -165,6 +172,7 @@ class Answer:
                 cancel=cancel,
                 progress=self._progress,
                 prompt_length=len(self.request.ids),
+                speculation=self._speculation,
             )
         step = next(self._steps)
         self._busy_seconds += time.perf_counter() - self._started
@@ -192,6 +200,8 @@ class Answer:
             first_token_seconds=self._first_seconds,
             decode_tokens=max(self._count - 1, 0),
             decode_seconds=max(decoding, 0.0) if self._count > 1 else 0.0,
+            guessed_tokens=self._speculation.guessed if self._speculation else 0,
+            accepted_tokens=self._speculation.accepted if self._speculation else 0,
         )
 
     def _progress(self, done: int, total: int) -> None:

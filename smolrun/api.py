@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -26,6 +26,7 @@ from smolrun.files.checkpoint import open_checkpoint
 from smolrun.files.sources import resolve
 from smolrun.generate.engine import Cancel, FinishReason, Model, Progress, Step, check_ids, check_prompt, logits_from
 from smolrun.generate.sampler import Logits, Sampling
+from smolrun.generate.speculate import Speculator
 from smolrun.generate.turns import Turns
 from smolrun.model.llama import Llama
 from smolrun.text.dialogue import AnswerMemory, is_answer
@@ -49,6 +50,8 @@ def load(
     quantize: str | None = None,
     kv: str = "f16",
     precision: str = "fast",
+    speculate: str | None = None,
+    draft: str | Path | None = None,
     offline: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> "LLM":
@@ -63,14 +66,19 @@ def load(
         quantize: "q4_0" or "q8_0" quantises safetensors weights; None keeps them.
         kv: "f16" or "f32" cache.
         precision: "fast" (int8 activations) or "exact" (two int8 terms).
+        speculate: "lookup" guesses the next ids from earlier ones of prompt and answer, and checks several in one pass:
+            answers that quote (a summary, edited code) come faster. Every answer stays what it is, bit for bit.
+        draft: a source of a smaller model of the same vocabulary that guesses. Both may be given.
         offline: never ask the network.
         progress: called with ("compile" or "load", done, total): the very first start compiles the kernels.
 
     Raises:
         ModelNotFound, ModelFileError, UnsupportedModel, OptionError, KernelError: see `smolrun.errors`.
     """
-    checkpoint = open_checkpoint(resolve(source, offline=offline))
-    try:
+    if speculate not in (None, "lookup"):
+        raise OptionError(f"speculate is {speculate!r}, 'lookup' or None expected (a model that guesses is `draft`)")
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(resolve(source, offline=offline)))
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
         template = ChatTemplate(checkpoint.chat_template, tokenizer)
         model = Llama(
@@ -82,15 +90,43 @@ def load(
             precision=precision,
             progress=progress,
         )
-    except BaseException:
-        checkpoint.close()
-        raise
+        opened.callback(model.close)
+        guesser = None
+        if draft is not None:
+            guesser = _load_draft(opened, resolve(draft, offline=offline), model, tokenizer, kv, progress)
+        speculator = None
+        if guesser is not None or speculate is not None:
+            speculator = Speculator(lookup=speculate == "lookup", draft=guesser, clock=time.perf_counter)
+        release = opened.pop_all().close
+    return LLM(model, tokenizer, template, release=release, speculator=speculator)
 
-    def release() -> None:
-        model.close()
-        checkpoint.close()
 
-    return LLM(model, tokenizer, template, release=release)
+def _load_draft(
+    opened: ExitStack,
+    path: Path,
+    model: Llama,
+    tokenizer: Tokenizer,
+    kv: str,
+    progress: Callable[[str, int, int], object] | None,
+) -> Llama:
+    """The draft of a model: it runs on the model's threads, and never while the model runs."""
+    checkpoint = opened.enter_context(open_checkpoint(path))
+    other = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
+    if other.vocab_size != tokenizer.vocab_size:
+        raise OptionError(
+            f"the draft {path.name} has {other.vocab_size:,} ids, the model {tokenizer.vocab_size:,}: "
+            "a draft model needs the model's own vocabulary"
+        )
+    for id in range(tokenizer.vocab_size):
+        if (its := other.token_bytes(id)) != (own := tokenizer.token_bytes(id)):
+            raise OptionError(
+                f"id {id} is {its!r} for the draft {path.name}, {own!r} for the model: "
+                "a draft model needs the model's own vocabulary"
+            )
+    context = min(model.context, checkpoint.config.max_positions)
+    guesser = Llama(checkpoint, context=context, kv=kv, team=model.team, progress=progress)
+    opened.callback(guesser.close)
+    return guesser
 
 
 class LLM:
@@ -106,12 +142,19 @@ class LLM:
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, template: ChatTemplate, *, release: Callable[[], None] | None = None
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        release: Callable[[], None] | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """Parts made elsewhere; `load` is the ordinary way. `release` frees them, None: model.close."""
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
+        self._speculator = speculator
         self._turns = Turns()
         self._memory = AnswerMemory()
         self._release = weakref.finalize(self, release or model.close)
@@ -418,7 +461,8 @@ class LLM:
             raise ModelClosed("the model is closed: load it again")
         check_prompt(self._model, request.ids)
         eos_ids = () if request.ignore_eos else self._tokenizer.eos_ids
-        return self._chunks(Answer(self._model, request, {*eos_ids, *request.stop_ids}), at_end)
+        answer = Answer(self._model, request, {*eos_ids, *request.stop_ids}, self._speculator)
+        return self._chunks(answer, at_end)
 
     def _chunks(
         self, answer: "Answer", at_end: Callable[[str, list[int]], None] | None

@@ -33,6 +33,8 @@ class Timings:
     first_token_seconds: float | None = 0.25
     decode_tokens: int = 6
     decode_seconds: float = 0.5
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
     cached_tokens: ClassVar[int] = 4
     prefill_rate: ClassVar[float] = 10.0
     decode_rate: ClassVar[float] = 12.0

@@ -90,12 +90,15 @@ def test_console_script_is_main() -> None:
 
 # ---- options reach the engine ----------------------------------------------------------------------------------------
 
+DRAFT = Path(__file__)  # any file: the fake model does not open it
 LOAD = {
     ("--context", "512"): ("context", 512),
     ("--threads", "3"): ("threads", 3),
     ("--quantize", "q8_0"): ("quantize", "q8_0"),
     ("--kv", "f32"): ("kv", "f32"),
     ("--precision", "exact"): ("precision", "exact"),
+    ("--speculate", "lookup"): ("speculate", "lookup"),
+    ("--draft", str(DRAFT)): ("draft", DRAFT),
     ("--offline",): ("offline", True),
 }
 SAMPLING = {

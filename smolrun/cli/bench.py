@@ -27,7 +27,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tu
 @click.option("--compare", type=click.Choice(["llama.cpp"]), help="Measure this on the same file in turns.")
 @click.option("--format", "shape", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="File to write.")
-@load_options("context", "threads")
+@load_options("context", "threads", "speculate", "draft")
 @verbose_option
 def command(model: str | None, shape: str, output: IO[str], load: LoadOptions, **given: object) -> None:
     """Measure speed.

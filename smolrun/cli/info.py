@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command("info")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@load_options("quantize", "precision")
+@load_options("quantize", "precision", "speculate", "draft")
 @verbose_option
 def command(model: str | None, as_json: bool, load: LoadOptions) -> None:
     """Show what a model is and needs.

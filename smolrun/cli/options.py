@@ -60,6 +60,10 @@ _LOAD = {
     "precision": click.option(
         "--precision", type=click.Choice(["fast", "exact"]), help="Activations in one or two int8 terms [fast]."
     ),
+    "speculate": click.option(
+        "--speculate", type=click.Choice(["lookup"]), help="Guess ids that were seen before; same answer, often sooner."
+    ),
+    "draft": click.option("--draft", metavar="MODEL", help="A smaller model that guesses for MODEL; same answer."),
     "offline": click.option("--offline", is_flag=True, default=None, help="Never use the network."),
 }
 
@@ -115,7 +119,8 @@ class LoadOptions:
         """The model, ready."""
         import smolrun
 
-        return smolrun.load(self.path(source), **self.given, **progress.loading())
+        draft = {"draft": self.path(self.given["draft"])} if "draft" in self.given else {}
+        return smolrun.load(self.path(source), **{**self.given, **draft}, **progress.loading())
 
 
 @dataclass

@@ -34,7 +34,10 @@ def status_line(last: Chunk) -> str:
     if timings is None:
         return f"[{last.finish_reason}]"
     first = "" if timings.first_token_seconds is None else f", first token {timings.first_token_seconds:.2f} s"
+    guessed = ""
+    if timings.guessed_tokens:
+        guessed = f", {timings.accepted_tokens:,} of {timings.guessed_tokens:,} guesses right"
     return (
         f"[prompt {timings.prompt_tokens:,} tokens, {timings.cached_tokens:,} cached, {timings.prefill_rate:,.0f} tok/s"
-        f"{first}; answer {timings.decode_rate:,.0f} tok/s; {last.finish_reason}; seed {last.seed}]"
+        f"{first}; answer {timings.decode_rate:,.0f} tok/s{guessed}; {last.finish_reason}; seed {last.seed}]"
     )

@@ -1,7 +1,8 @@
 """Ids in, ids out: prefill in chunks, then one pass per id until something ends the answer.
 
 Prefill computes hidden states only; the classifier (a fifth of the 135M weights) runs for the last position alone. What
-a cached prefix already holds is not computed again: `model.open` says how much that is.
+a cached prefix already holds is not computed again: `model.open` says how much that is. With speculation a pass also
+takes ids that were guessed, and yields as many ids as were guessed right and one more (speculate.py).
 """
 
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 from smolrun.config import ModelConfig
 from smolrun.errors import ContextOverflow, OptionError
 from smolrun.generate.sampler import Logits, Sampler, Sampling
+from smolrun.generate.speculate import Speculation
 from smolrun.model.llama import Cancelled
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "stop_string"]
@@ -101,6 +103,7 @@ def generate_ids(
     cancel: Cancel | None = None,
     progress: Progress | None = None,
     prompt_length: int | None = None,
+    speculation: Speculation | None = None,
 ) -> Generator[Step, None, None]:
     """Yields the steps of an answer; closing the iterator ends it and gives the cache slot back.
 
@@ -113,13 +116,15 @@ def generate_ids(
         progress: called with (ids computed, ids to compute) before and after each chunk of the prefill.
         prompt_length: how many of `ids` are the prompt, None: all. The rest is an answer to be continued: it counts for
             max_tokens, and the same seed goes on drawing what it would have drawn.
+        speculation: guesses for this answer; the steps are bit for bit the same with and without.
 
     Raises:
         OptionError, ContextOverflow: as `check_prompt`, before the first step.
         ModelFileError: logits that are not finite.
     """
     check_prompt(model, ids)
-    return _steps(model, ids, max_tokens, Sampler(sampling), stop_ids, cancel, progress, prompt_length or len(ids))
+    prompt_length = prompt_length or len(ids)
+    return _steps(model, ids, max_tokens, Sampler(sampling), stop_ids, cancel, progress, prompt_length, speculation)
 
 
 def _steps(
@@ -131,6 +136,7 @@ def _steps(
     cancel: Cancel | None,
     progress: Progress | None,
     prompt_length: int,
+    speculation: Speculation | None,
 ) -> Generator[Step, None, None]:
     limit: int = model.context
     reason: FinishReason = "context"
@@ -139,6 +145,7 @@ def _steps(
     ids = np.empty(max(limit, len(prompt)), dtype=np.int64)  # grows in place: the penalties read it at every step
     count = len(prompt)
     ids[:count] = prompt
+    right = 0  # ids of the last guess that were
     seq = model.open(prompt)
     try:
         hidden = None
@@ -147,24 +154,49 @@ def _steps(
         if count >= limit and hidden is not None:
             yield Step(None, finish_reason=reason)
             return
-        while hidden is not None:
-            logits = _pass(partial(model.logits, hidden[-1:]), cancel)
-            if logits is None:
+        logits = None if hidden is None else _pass(partial(model.logits, hidden[-1:]), cancel)
+        guess: list[int] = []
+        while logits is not None:
+            right = 0
+            for row, guessed in zip(logits, [*guess, None], strict=True):
+                if right and cancel is not None and cancel.is_set():
+                    break
+                sample = sampler.sample(row, ids[:count], prompt_length)
+                if sample.id == guessed:
+                    right += 1
+                else:
+                    seq.truncate(count)  # of the ids computed, those before this one are right
+                if sample.id in stop_ids:
+                    yield Step(sample.id, sample.logprob, sample.top, "stop")
+                    return
+                ids[count] = sample.id
+                count += 1
+                if count == limit:
+                    yield Step(sample.id, sample.logprob, sample.top, reason)
+                    return
+                yield Step(sample.id, sample.logprob, sample.top)
+                if sample.id != guessed:
+                    break
+            if cancel is not None and cancel.is_set():
                 break
-            sample = sampler.sample(logits[0], ids[:count], prompt_length)
-            if sample.id in stop_ids:
-                yield Step(sample.id, sample.logprob, sample.top, "stop")
-                return
-            ids[count] = sample.id
-            count += 1
-            if count == limit:
-                yield Step(sample.id, sample.logprob, sample.top, reason)
-                return
-            yield Step(sample.id, sample.logprob, sample.top)
-            hidden = _pass(partial(model.hidden, seq, [sample.id]), cancel)
+            if speculation is not None:
+                speculation.verified(right)
+                guess = speculation.guess(ids[:count], min(limit - count - 1, model.chunk - 1), cancel)
+            forward = partial(_forward, model, seq, [int(ids[count - 1]), *guess], cancel)
+            logits = forward() if speculation is None else speculation.timed(forward)
         yield Step(None, finish_reason="cancelled")
     finally:
+        seq.truncate(min(seq.length, count))  # a guess that was right, but that nobody has asked for
         seq.close()
+        if speculation is not None:
+            speculation.verified(right)
+            speculation.close()
+
+
+def _forward(model: Model, seq: CachedSequence, ids: Sequence[int], cancel: Cancel | None) -> Logits | None:
+    """Logits of all of `ids`, appended to a sequence; None if it was cancelled."""
+    hidden = _pass(partial(model.hidden, seq, ids), cancel)
+    return None if hidden is None else _pass(partial(model.logits, hidden), cancel)
 
 
 def logits_from(

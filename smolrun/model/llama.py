@@ -62,15 +62,17 @@ class Llama:
         kv: str = "f16",
         precision: str = "fast",
         chunk: int = memory.CHUNK,
+        team: Team | None = None,
         progress: Callable[[str, int, int], object] | None = None,
     ) -> None:
+        """As smolrun.load; `team`: that of a model whose passes never overlap with this one's, None: an own one."""
         if precision not in PRECISION:
             raise OptionError(f"precision={precision!r}: expected one of {', '.join(PRECISION)}")
         if kv not in memory.KV_SIZE:
             raise OptionError(f"kv={kv!r}: expected one of {', '.join(memory.KV_SIZE)}")
         c = checkpoint.config
         self.config: ModelConfig = c
-        self.threads = available_cores() if threads is None else threads
+        self.threads = team.threads if team is not None else available_cores() if threads is None else threads
         if not 1 <= self.threads <= 256:
             raise OptionError(f"threads={threads}: expected 1..256")
         self.chunk, self.precision, self.kv = chunk, precision, kv
@@ -111,7 +113,9 @@ class Llama:
         sizes["logits"] = 4 * self._logit_rows * ROWS * int(self.weights.head[2])
         self._arena = memory.Arena(sizes)
         code["forward"] = code[f"forward_{kv}"]
-        self._team: Team | None = Team(code, self.threads)
+        self._jobs = {job: code[job] for job in ("forward", "classify")}
+        self._own_team = team is None
+        self._team: Team | None = Team(code, self.threads) if team is None else team
         self.block = self._fill(code, sizes)
         self._block_address = self.block.ctypes.data  # asking NumPy for it costs 3 us
 
@@ -158,23 +162,24 @@ class Llama:
     def _array(self, name: str) -> Floats:
         return self._arena.arrays[name].view(np.float32)
 
-    def _open_team(self) -> Team:
+    @property
+    def team(self) -> Team:
         """The team; `close` of another thread may take it at any time, so it is looked at once."""
         if (team := self._team) is None:
             raise ModelClosed("the model is closed: load it again")
         return team
 
     def _run(self, job: str, **words: int) -> bool:
-        team = self._open_team()
+        team = self.team
         self.block[B.team // 8] = team.address
         for name, value in words.items():
             self.block[getattr(B, name) // 8] = value
         self._arena.arrays["counters"].fill(0)
-        return team.run(job, self._block_address)
+        return team.run(self._jobs[job], self._block_address)
 
     def open(self, ids: Sequence[int]) -> Slot:
         """A cache slot for a prompt; `.length` of its ids, at most all but the last, need not be computed again."""
-        self._open_team().cancel(False)
+        self.team.cancel(False)
         return self.cache.open(ids)
 
     def hidden(self, slot: Slot, ids: Sequence[int], *, cancel: Any = None) -> Floats:
@@ -205,7 +210,7 @@ class Llama:
         self._extend_rope(start + n)
         self._arena.arrays["ids"].view(np.int64)[:n] = array
         if not self._run("forward", n=n, start=start, pages=slot.table_address):
-            self._open_team().cancel(False)
+            self.team.cancel(False)
             raise Cancelled
         slot.ids.extend(array.tolist())
         hidden: Floats = self._array("out")[: n * self.config.dim].reshape(n, -1).copy()
@@ -221,7 +226,7 @@ class Llama:
             part = states[first : first + self._logit_rows]
             self._array("out")[: part.size] = part.reshape(-1)
             if not self._run("classify", n=len(part)):
-                self._open_team().cancel(False)
+                self.team.cancel(False)
                 raise Cancelled
             out[first : first + len(part)] = self._array("logits")[: len(part) * width].reshape(-1, width)[
                 :, : c.vocab_size
@@ -242,6 +247,6 @@ class Llama:
 
     def close(self) -> None:
         """End the threads; memory goes with the object."""
-        if self._team is not None:
+        if self._team is not None and self._own_team:
             self._team.close()
-            self._team = None
+        self._team = None

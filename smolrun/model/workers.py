@@ -102,7 +102,8 @@ def _shut(state: _State) -> None:
 
 
 class Team:
-    """Runs passes on `threads` threads, the caller's among them. Not for concurrent callers."""
+    """Runs passes on `threads` threads, the caller's among them. Not for concurrent callers; models that take turns (a
+    draft and the model it guesses for) may share one, else the threads of one spin while the other's compute."""
 
     def __init__(self, kernels: Mapping[str, int], threads: int) -> None:
         if not 1 <= threads <= MAX_THREADS:
@@ -122,8 +123,8 @@ class Team:
             self._start()
         return int(self._state.address)
 
-    def run(self, job: str, block: int) -> bool:
-        """Run "forward" or "classify" on a block; False when it was cancelled.
+    def run(self, job: int, block: int) -> bool:
+        """Run a job (the address of a kernel) on a block; False when it was cancelled.
 
         Raises:
             ModelClosed: the workers have ended.
@@ -136,7 +137,7 @@ class Team:
                         state.wake(tid)
                 if state.closing:
                     raise ModelClosed("the model is closed: load it again")
-                state.run(state.address, self._kernels[job], block)
+                state.run(state.address, job, block)
             finally:
                 state.words[T.awake // 8] = 0
             return not state.words[T.cancel // 8]
