@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .block import HEAD_DIM, PAGE, PART, ROW_TILE, SPAN, B
+from .block import HEAD_DIM, PAGE, PART, ROW_TILE, SPAN, B, S
 from .jit import TIER, kernel
 from .pointwise import rope
 from .simd import (
@@ -252,14 +252,23 @@ def make_span(rows: int, element: str) -> Any:
 
 
 @kernel
-def merge_spans(block, qkv):  # type: ignore[no-untyped-def]
-    """Output over q of a single token from the partials of its spans."""
+def segment_of(block, t):  # type: ignore[no-untyped-def]
+    """Address of the segment that token t of the pass belongs to."""
+    segment = get_i64(block + B.segments)
+    while t >= get_i64(segment + S.first) + get_i64(segment + S.count):
+        segment += 8 * S.size
+    return segment
+
+
+@kernel
+def merge_spans(block, segment, q):  # type: ignore[no-untyped-def]
+    """Output over q of a segment's single token from the partials of its spans."""
     heads = get_i64(block + B.n_heads)
-    parts = get_i64(block + B.parts)
+    parts = get_i64(segment + S.parts)
     for h in range(heads):
-        for first in range(SPAN, get_i64(block + B.start) + 1, SPAN):
+        for first in range(SPAN, get_i64(segment + S.start) + 1, SPAN):
             merge(parts + 4 * PART * h, parts + 4 * PART * (first // SPAN * heads + h))
-        finish(parts + 4 * PART * h, qkv + 4 * HEAD_DIM * h)
+        finish(parts + 4 * PART * h, q + 4 * HEAD_DIM * h)
 
 
 def make_attention(element: str) -> tuple[Any, Any]:
@@ -273,13 +282,14 @@ def make_attention(element: str) -> tuple[Any, Any]:
         """Rotate the queries of one KV head's group and its key; write key and value into their page."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
         group = heads // kv_heads
-        position = get_i64(block + B.start) + t
+        segment = segment_of(block, t)
+        position = get_i64(segment + S.start) + t - get_i64(segment + S.first)
         table = get_i64(block + B.rope) + position * HEAD_DIM * 4
         row = qkv + 4 * t * (heads + 2 * kv_heads) * HEAD_DIM
         for h in range(head * group, (head + 1) * group):
             rope(row + 4 * HEAD_DIM * h, table, f32(0.125), row + 4 * HEAD_DIM * h)  # 1 / sqrt(head_dim): exact
         page = (
-            get_i64(get_i64(block + B.pages) + position // PAGE * 8)
+            get_i64(get_i64(segment + S.pages) + position // PAGE * 8)
             + layer * get_i64(block + B.layer_bytes)
             + head * get_i64(block + B.head_bytes)
         )
@@ -310,10 +320,12 @@ def make_attention(element: str) -> tuple[Any, Any]:
             span_1(q, first_row, group, start, first, pages, offset, value_offset, s, parts)
 
     @kernel
-    def attend_rows(block, layer, head, first_row, end_row, qkv, scratch):  # type: ignore[no-untyped-def]
-        """All spans of rows first_row..end_row of a KV head, merged as they come; output over q."""
+    def attend_rows(block, segment, layer, head, first_row, end_row, qkv, scratch):  # type: ignore[no-untyped-def]
+        """All spans of a segment's rows first_row..end_row of a KV head, merged as they come; output over q.
+
+        qkv: the segment's first token."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
-        group, start = heads // kv_heads, get_i64(block + B.start)
+        group, start = heads // kv_heads, get_i64(segment + S.start)
         stride = (heads + 2 * kv_heads) * HEAD_DIM
         offset = layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
         q, s = scratch, scratch + 4 * ROW_TILE * HEAD_DIM
@@ -332,7 +344,7 @@ def make_attention(element: str) -> tuple[Any, Any]:
             for first in range(0, last + 1, SPAN):
                 into = part if first else total
                 any_span(
-                    rows, q, first_row, group, start, first, get_i64(block + B.pages), offset,
+                    rows, q, first_row, group, start, first, get_i64(segment + S.pages), offset,
                     get_i64(block + B.value_offset), s, into,
                 )  # fmt: skip
                 if first:
@@ -347,42 +359,47 @@ def make_attention(element: str) -> tuple[Any, Any]:
             first_row += rows
 
     @kernel
-    def attend_span(block, layer, head, first, qkv, scratch):  # type: ignore[no-untyped-def]
+    def attend_span(block, segment, layer, head, first, qkv, scratch):  # type: ignore[no-untyped-def]
         """One span of a single token's rows of a KV head, kept as partials for `merge_spans`."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
-        group, start = heads // kv_heads, get_i64(block + B.start)
+        group, start = heads // kv_heads, get_i64(segment + S.start)
         offset = layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
         r = 0
         while r < group:
             left = group - r
             rows = ROW_TILE if left >= ROW_TILE else (3 if left >= 3 else 1)
             h = head * group + r
-            part = get_i64(block + B.parts) + 4 * PART * (first // SPAN * heads + h)
+            part = get_i64(segment + S.parts) + 4 * PART * (first // SPAN * heads + h)
             any_span(
-                rows, qkv + 4 * HEAD_DIM * h, r, group, start, first, get_i64(block + B.pages), offset,
+                rows, qkv + 4 * HEAD_DIM * h, r, group, start, first, get_i64(segment + S.pages), offset,
                 get_i64(block + B.value_offset), scratch + 4 * ROW_TILE * HEAD_DIM, part,
             )  # fmt: skip
             r += rows
 
     @kernel
     def attention(block, layer, counter, qkv, scratch):  # type: ignore[no-untyped-def]
+        """All segments; their items are claimed through one counter, segment after segment."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
-        n = get_i64(block + B.n)
-        if n == 1:
-            spans = get_i64(block + B.start) // SPAN + 1
-            while True:
+        group = heads // kv_heads
+        segment, before = get_i64(block + B.segments), 0
+        i = claim(counter, 0, 1)
+        for _ in range(get_i64(block + B.n_segments)):
+            count = get_i64(segment + S.count)
+            rows = count * group
+            tiles = (rows + ROW_TILE - 1) // ROW_TILE
+            spans = get_i64(segment + S.start) // SPAN + 1
+            first = qkv + 4 * get_i64(segment + S.first) * (heads + 2 * kv_heads) * HEAD_DIM
+            items = kv_heads * (spans if count == 1 else tiles)
+            while i - before < items:
+                head, part = (i - before) % kv_heads, (i - before) // kv_heads
+                if count == 1:
+                    attend_span(block, segment, layer, head, part * SPAN, first, scratch)
+                else:
+                    # the longest rows first, so that the last claim is a short one
+                    row = (tiles - 1 - part) * ROW_TILE
+                    attend_rows(block, segment, layer, head, row, min(rows, row + ROW_TILE), first, scratch)
                 i = claim(counter, 0, 1)
-                if i >= spans * kv_heads:
-                    return
-                attend_span(block, layer, i % kv_heads, i // kv_heads * SPAN, qkv, scratch)
-        rows = n * (heads // kv_heads)
-        tiles = (rows + ROW_TILE - 1) // ROW_TILE
-        while True:
-            i = claim(counter, 0, 1)
-            if i >= tiles * kv_heads:
-                return
-            # the longest rows first, so that the last claim is a short one
-            tile = tiles - 1 - i // kv_heads
-            attend_rows(block, layer, i % kv_heads, tile * ROW_TILE, min(rows, (tile + 1) * ROW_TILE), qkv, scratch)
+            before += items
+            segment += 8 * S.size
 
     return store_kv, attention

@@ -29,16 +29,23 @@ def words(names: str) -> Any:
     return constants(**{name: 8 * i for i, name in enumerate(listed)}, size=len(listed))
 
 
-# One pass over n tokens of one sequence. Buffers, f32 unless said, rows of a token one after the other:
+# One pass over n tokens of one or more sequences, a segment each. Buffers, f32 unless said, rows of a token one after
+# the other, segment after segment:
 #   x (n, dim)   qkv (n, q_dim + 2 kv_dim), attention writes its output over q   gate, up (n, hidden_dim)   out (n, dim)
 #   act, act_f32: activations as the next matmul reads them (drawn in matmul.py)
-#   parts (spans, n_heads, PART): partial attention of a single token whose context is split over threads
+#   parts (spans, n_heads, PART) of each segment in turn: attention of a single token, its context split over threads
 #   logits (n, 16 head.groups)
 B = words(
-    "team counters threads n start dim hidden_dim n_layers n_heads n_kv_heads eps tile_f32 tile_1 tile_2 max_k "
-    "ids x act act_f32 qkv parts gate up out logits scratch scratch_bytes "
-    "pages layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head"
+    "team counters threads n n_segments segments dim hidden_dim n_layers n_heads n_kv_heads eps tile_f32 tile_1 tile_2 "
+    "max_k ids x act act_f32 qkv parts gate up out logits scratch scratch_bytes "
+    "layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head"
 )
+
+# One segment: tokens first .. first + count - 1 of the pass are positions start, start + 1, ... of a sequence. pages:
+# address of its table of page addresses; parts: address of its partials.
+#
+#     tokens      a17 b0 b1 b2 b3 c99      segments   first 0 count 1 start 17    first 1 count 4 start 0    first 5 ...
+S = words("first count start pages parts")
 
 # One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, and int8
 # terms of its activations (0: f32).

@@ -4,7 +4,7 @@
     a layer   prepare         norm(x) -> act                       tokens
               q, k, v         act -> qkv                           row groups, 16 rows of a matrix each
               store           rotate q and k; k, v -> KV pages     (token, KV head)
-              attention       q, pages -> over q                   (KV head, rows); a single token: (KV head, span)
+              attention       q, pages -> over q                   (KV head, rows); of a single token (KV head, span)
               prepare, o      q -> act; x += act                   tokens; row groups
               prepare         norm(x) -> act                       tokens
               gate, up        act -> gate = silu(gate) * up        row groups
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .attention import make_attention, merge_spans
-from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, PHASES, B, W
+from .attention import make_attention, merge_spans, segment_of
+from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, PHASES, B, S, W
 from .jit import kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
@@ -98,8 +98,8 @@ def gated(block, layer, counter, scratch):  # type: ignore[no-untyped-def]
 def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):  # type: ignore[no-untyped-def]
     """Activations of `readers` consecutive matrices from w on, tokens claimed.
 
-    rows: k floats each, `stride` floats apart. norm: weight of an RMSNorm to apply first, or 0. split: the row
-    is the attention of a single token, still in partials. row: scratch of k floats. Those readers that take int8 take
+    rows: k floats each, `stride` floats apart. norm: weight of an RMSNorm to apply first, or 0. split: rows are
+    attention, that of a single token still in partials. row: scratch of k floats. Those readers that take int8 take
     the same number of terms: the model's table of precisions is by matrix, not by format.
     """
     terms, floats = 0, 0
@@ -113,7 +113,9 @@ def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):
             return
         x = rows + 4 * t * stride
         if split:
-            merge_spans(block, x)
+            segment = segment_of(block, t)
+            if get_i64(segment + S.count) == 1:
+                merge_spans(block, segment, x)
         if norm:
             rmsnorm(x, norm, k, get_f32(block + B.eps), row)
             x = row
@@ -166,7 +168,7 @@ def make_forward(element: str) -> Callable[..., None]:
         attention(block, i, counter + 5 * LINE, qkv, scratch)
         if barrier(team, threads):
             return 1
-        prepare_rows(block, counter + 6 * LINE, qkv, width, q_dim, 0, w + LAYER.o, 1, n == 1, row)
+        prepare_rows(block, counter + 6 * LINE, qkv, width, q_dim, 0, w + LAYER.o, 1, 1, row)
         if barrier(team, threads):
             return 1
         multiply(block, w + LAYER.o, counter + 7 * LINE, x, dim, 1, unpacked)

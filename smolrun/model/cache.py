@@ -2,8 +2,10 @@
 prompt.
 
 slot A  ids 1 9 7 ...   pages [p0][p1][p2]           full pages are shared between slots (p0), a half-full one is copied
-slot B  ids 1 9 8 ...   pages [p0][p3]               before it is written; all slots together stay within `capacity`
-pages
+slot B  ids 1 9 8 ...   pages [p0][p3]               before it is written
+
+All slots together stay within `capacity` pages: the memory is that of one sequence as long as the context, however many
+share it. Idle slots are forgotten when a busy one needs their pages; a busy one never is.
 """
 
 from __future__ import annotations
@@ -13,21 +15,24 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from smolrun.errors import ContextOverflow
+from smolrun.errors import ContextOverflow, SmolrunError
 from smolrun.kernels.block import PAGE
 from smolrun.model.memory import Arena
 
-MAX_SLOTS = 8
+MAX_IDLE = 8  # slots kept for later prompts
+
+
+class CacheFull(SmolrunError):
+    """Busy slots hold so many pages that another one cannot be had; no slot has changed."""
 
 
 class Page:
     """64 positions of every layer and KV head."""
 
-    __slots__ = ("data", "extra", "users")
+    __slots__ = ("data", "users")
 
-    def __init__(self, data: NDArray[np.uint8], extra: bool) -> None:
+    def __init__(self, data: NDArray[np.uint8]) -> None:
         self.data = data
-        self.extra = extra
         self.users = 1
 
 
@@ -54,9 +59,9 @@ class Slot:
         self._cache.drop_pages(self, -(-n // PAGE))
 
     def close(self) -> None:
-        """Give the slot back; its positions stay for later prompts, as far as the capacity allows."""
+        """Give the slot back; its positions stay for later prompts until others need the room."""
         self.busy = False
-        self._cache.shrink()
+        self._cache.forget()
 
 
 class KVCache:
@@ -77,16 +82,21 @@ class KVCache:
         self._pages = 0
         self._clock = 0
 
+    @property
+    def room(self) -> int:
+        """Positions that busy slots do not hold."""
+        held = {id(page) for slot in self._slots if slot.busy for page in slot.pages}
+        return PAGE * (self.capacity - len(held))
+
     def open(self, ids: Sequence[int]) -> Slot:
-        """The slot for a prompt: holds its longest known prefix, at most len(ids) - 1 positions of it."""
+        """A slot for a prompt: holds its longest known prefix, at most len(ids) - 1 positions of it."""
         self._clock += 1
         best, keep = None, 0
         for slot in self._slots:
-            if not slot.busy:
-                common = min(_common(slot.ids, ids), max(len(ids) - 1, 0))
-                if best is None or common > keep:
-                    best, keep = slot, common
-        if best is not None and (keep == best.length or keep == len(ids) - 1 == best.length - 1):
+            common = min(_common(slot.ids, ids), max(len(ids) - 1, 0))
+            if best is None or (common, best.busy) > (keep, slot.busy):
+                best, keep = slot, common
+        if best is not None and not best.busy and (keep == best.length or keep == len(ids) - 1 == best.length - 1):
             slot = best  # it goes on where it stopped
             slot.truncate(keep)
         else:
@@ -94,14 +104,25 @@ class KVCache:
         slot.busy, slot.used = True, self._clock
         return slot
 
-    def reserve(self, slot: Slot, n: int) -> None:
-        """Make room for n positions in the slot and own every page that they will write.
+    def reserve(self, work: Sequence[tuple[Slot, int]]) -> None:
+        """Make room for n positions in each slot, and let it own every page that they will write.
 
         Raises:
-            ContextOverflow: n is more than the context.
+            ContextOverflow: an n is more than the context.
+            CacheFull: the pages are not there, because of busy slots; idle ones may have been forgotten.
         """
-        if n > self.context:
-            raise ContextOverflow(n, self.context, "sequence")
+        for _, n in work:
+            if n > self.context:
+                raise ContextOverflow(n, self.context, "sequence")
+        try:
+            for slot, n in work:
+                self._reserve(slot, n)
+        except CacheFull:
+            for slot, _ in work:
+                self.drop_pages(slot, -(-slot.length // PAGE))
+            raise
+
+    def _reserve(self, slot: Slot, n: int) -> None:
         for index in range(slot.length // PAGE, min(len(slot.pages), -(-n // PAGE))):
             shared = slot.pages[index]
             if shared.users > 1:
@@ -123,19 +144,16 @@ class KVCache:
         del slot.pages[keep:]  # first: an exception in between may lose a page, but never free one twice
         for page in dropped:
             page.users -= 1
-            if page.users == 0 and page.extra:
-                self._pages -= 1
-            elif page.users == 0:
+            if page.users == 0:
                 self._free.append(page)
 
-    def shrink(self) -> None:
-        """Forget idle slots until the pages are within the capacity again, which several busy slots may exceed."""
-        while self._pages > self.capacity and self._evict():
-            pass
+    def forget(self) -> None:
+        """Forget the idle slots that are too many."""
+        while sum(not slot.busy for slot in self._slots) > MAX_IDLE:
+            self._evict()
 
     def _fork(self, source: Slot | None, keep: int) -> Slot:
         slot = Slot(self)
-        slot.busy = True  # not to be evicted
         if source is not None and keep:
             slot.ids = source.ids[:keep]
             slot.pages = source.pages[: -(-keep // PAGE)]
@@ -143,21 +161,19 @@ class KVCache:
             for page in slot.pages:
                 page.users += 1
         self._slots.append(slot)
-        if len(self._slots) > MAX_SLOTS:  # after the fork: the one to forget may be the source
-            self._evict(source)
         return slot
 
-    def _evict(self, spare: Slot | None = None) -> bool:
+    def _evict(self) -> bool:
         """Forget the idle slot that was used longest ago; False when there is none."""
-        idle = sorted((s for s in self._slots if not s.busy), key=lambda s: (s is spare, s.used))
-        if not idle:
+        idle = min((slot for slot in self._slots if not slot.busy), key=lambda slot: slot.used, default=None)
+        if idle is None:
             return False
-        self.drop_pages(idle[0], 0)
-        self._slots.remove(idle[0])
+        self.drop_pages(idle, 0)
+        self._slots.remove(idle)
         return True
 
     def _make_room(self) -> None:
-        """Forget idle slots until a page can be had within the capacity."""
+        """Forget idle slots until a page can be had."""
         while not self._free and self._pages >= self.capacity and self._evict():
             pass
 
@@ -167,10 +183,13 @@ class KVCache:
             page = self._free.pop()
             page.users = 1
             return page
-        extra = self._pages >= self.capacity  # several slots are busy at once
-        data = Arena({"page": self.page_size}).arrays["page"] if extra else self._memory[self._pages]
+        if self._pages == self.capacity:
+            raise CacheFull(
+                f"the sequences computed at once need more than the {self.context:,} positions they share: "
+                "compute fewer at once, or load with a larger context"
+            )
         self._pages += 1
-        return Page(data, extra)
+        return Page(self._memory[self._pages - 1])
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

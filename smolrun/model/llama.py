@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from smolrun.config import ModelConfig
 from smolrun.errors import KernelError, ModelClosed, OptionError
 from smolrun.files.checkpoint import Checkpoint
 from smolrun.kernels import load as kernels
-from smolrun.kernels.block import LINE, MATRICES, PAGE, PHASES, B, f32_bits
+from smolrun.kernels.block import LINE, MATRICES, PAGE, PART, PHASES, SPAN, B, S, f32_bits
 from smolrun.kernels.panels import PANELS, ROWS
 from smolrun.kernels.target import choose, token_tile
 from smolrun.model import memory, rope
@@ -47,7 +46,8 @@ class Llama:
     Attributes:
         config: the model's shape.
         context: positions a sequence may have.
-        chunk: ids that one call of `hidden` takes at most.
+        chunk: ids that one pass takes at most.
+        segments: sequences that one pass takes at most.
         tier: the kernels in use.
         formats: weight formats in memory.
     """
@@ -75,7 +75,7 @@ class Llama:
         self.threads = team.threads if team is not None else available_cores() if threads is None else threads
         if not 1 <= self.threads <= 256:
             raise OptionError(f"threads={threads}: expected 1..256")
-        self.chunk, self.precision, self.kv = chunk, precision, kv
+        self.chunk, self.segments, self.precision, self.kv = chunk, memory.SEGMENTS, precision, kv
         matrices = plan(checkpoint, quantize)
         self.context = self._context(context, sum(m.bytes for m in matrices.values()))
         formats = {name: m.format for name, m in matrices.items()}
@@ -111,6 +111,7 @@ class Llama:
         sizes["rope"] = 4 * 64 * self.context
         self._logit_rows = min(LOGIT_ROWS, chunk)  # its activations lie in the chunk's buffers
         sizes["logits"] = 4 * self._logit_rows * ROWS * int(self.weights.head[2])
+        self._span_bytes = 4 * c.n_heads * PART
         self._arena = memory.Arena(sizes)
         code["forward"] = code[f"forward_{kv}"]
         self._jobs = {job: code[job] for job in ("forward", "classify")}
@@ -182,37 +183,55 @@ class Llama:
         self.team.cancel(False)
         return self.cache.open(ids)
 
-    def hidden(self, slot: Slot, ids: Sequence[int], *, cancel: Any = None) -> Floats:
-        """Append ids to a slot.
+    @property
+    def room(self) -> int:
+        """Positions of the cache that no open slot holds."""
+        return self.cache.room
+
+    def hidden(self, slot: Slot, ids: Sequence[int]) -> Floats:
+        """Append ids to one slot: `step` for a batch of one."""
+        return self.step([(slot, ids)])
+
+    def step(self, work: Sequence[tuple[Slot, Sequence[int]]]) -> Floats:
+        """Append ids to slots, to each its own, in one pass over the weights.
 
         Args:
-            slot: from `open`.
-            ids: 1..chunk token ids.
-            cancel: unused here; the engine's poll calls `cancel()`.
+            work: 1..segments different slots (from `open`) with one id or more each, 1..chunk in all.
 
         Returns:
-            float32 (len(ids), dim), after the final norm.
+            float32 (ids in all, dim), after the final norm, in the order of work: the same bits as slot by slot.
 
         Raises:
-            Cancelled: `cancel()` was called; the slot is as before.
-            ContextOverflow: the context is too small.
+            Cancelled: `cancel()` was called; every slot is as before.
+            ContextOverflow: the context is too small for one of them.
+            CacheFull: it is too small for all of them together; every slot is as before.
             OptionError: an id outside the vocabulary, or a wrong number of them.
         """
-        n, start = len(ids), slot.length
-        if not 1 <= n <= self.chunk:
-            raise OptionError(f"{n} ids in one call: expected 1..{self.chunk}")
-        array = np.asarray(ids, np.int64)
+        n, slots = sum(len(ids) for _, ids in work), {slot for slot, _ in work}
+        if not 1 <= n <= self.chunk or not all(len(ids) for _, ids in work):
+            raise OptionError(f"{n} ids in one call: expected 1..{self.chunk}, for every slot at least one")
+        if len(work) > self.segments or len(slots) < len(work):
+            raise OptionError(f"{len(work)} slots in one call: expected at most {self.segments}, all different")
+        array = np.concatenate([np.asarray(ids, np.int64) for _, ids in work])
         if array.min() < 0 or array.max() >= self.config.vocab_size:
             raise OptionError(
                 f"id {array.min() if array.min() < 0 else array.max()}: expected 0..{self.config.vocab_size - 1}"
             )
-        self.cache.reserve(slot, start + n)
-        self._extend_rope(start + n)
+        self.cache.reserve([(slot, slot.length + len(ids)) for slot, ids in work])
         self._arena.arrays["ids"].view(np.int64)[:n] = array
-        if not self._run("forward", n=n, start=start, pages=slot.table_address):
+        first, parts, segments = 0, self._arena.address("parts"), []
+        for slot, ids in work:
+            start, count = slot.length, len(ids)
+            self._extend_rope(start + count)
+            segments.append((first, count, start, slot.table_address, parts))
+            first += count
+            parts += (start // SPAN + 1) * self._span_bytes
+        self._arena.arrays["segments"].view(np.int64)[: S.size * len(work)] = np.array(segments).reshape(-1)
+        if not self._run("forward", n=n, n_segments=len(work)):
             self.team.cancel(False)
             raise Cancelled
-        slot.ids.extend(array.tolist())
+        for (slot, _), (first, count, *_rest) in zip(work, segments, strict=True):
+            slot.ids.extend(array[first : first + count].tolist())
         hidden: Floats = self._array("out")[: n * self.config.dim].reshape(n, -1).copy()
         return hidden
 

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
 from smolrun.errors import SmolrunError
-from smolrun.kernels.block import HEAD_DIM, PAGE, PART, SPAN, scratch_bytes
+from smolrun.kernels.block import HEAD_DIM, PAGE, PART, SPAN, S, scratch_bytes
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
 from smolrun.kernels.target import RECORD_BYTES
 
 LEAST_CONTEXT = 512  # positions; the default goes no lower, however little memory there is
 KV_SIZE = {"f32": 4, "f16": 2}
 CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
+SEGMENTS = 32  # sequences of one pass
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, c
         "up": f * chunk * c.hidden_dim,
         "act": chunk * (widest // BLOCK) * RECORD_BYTES * max(terms, 1),
         "act_f32": f * chunk * widest,
-        "parts": f * spans * c.n_heads * PART,
+        "segments": 8 * SEGMENTS * S.size,
+        "parts": f * SEGMENTS * spans * c.n_heads * PART,  # touched as far as the sequences of a pass reach
         "scratch": threads * scratch_bytes(widest),
     }
 
