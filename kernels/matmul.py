@@ -58,6 +58,7 @@ i64 = types.int64
 
 V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(32, 60, 4)  # byte offsets in an activation record
+HALVES = (LOW32, HIGH32)
 MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
 
 
@@ -94,10 +95,10 @@ class Record:
             vector = b.bitcast(b.lshr(wide, const(V32I16, shift)), V64I8)
         return b.and_(vector, const(V64I8, (1 << bits) - 1))
 
-    def quad(self, j: int) -> ir.Value:
-        """u of quad j (64 x i8): rows x 4 k. 8-bit planes come as they are, signed."""
-        b, offset, low_bits, value = self.b, 0, 0, None
-        for bits in self.panel.planes:
+    def quad(self, j: int, unsigned: bool = False) -> ir.Value:
+        """Weights of quad j (64 x i8), rows x 4 k: u where it has fewer than 8 bits; else signed, or 128 added."""
+        b, panel, offset, low_bits, value = self.b, self.panel, 0, 0, None
+        for bits in panel.planes:
             vectors = bits  # a plane of n bits is n vectors
             vector = self._vector(offset + 64 * (j % vectors))
             part = vector if bits == 8 else self._field(vector, bits * (j // vectors), bits)
@@ -105,12 +106,14 @@ class Record:
                 part = b.bitcast(b.shl(b.bitcast(part, V32I16), const(V32I16, low_bits)), V64I8)
             value = part if value is None else b.or_(value, part)
             offset, low_bits = offset + 64 * vectors, low_bits + bits
-        return value
+        if panel.codebook:
+            return _look_up(b, [level + 128 * unsigned for level in panel.codebook], value)
+        return b.xor(value, const(V64I8, 0x80)) if panel.bits == 8 and unsigned else value
 
     def scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
         """(S, M) of scale group 0 or 1 of the block, f32x16 each; M is None without minimum."""
         b, panel = self.b, self.panel
-        halves = ir.VectorType(I16, LANES)
+        halves, eights = ir.VectorType(I16, LANES), ir.VectorType(I8, LANES)
         if panel.scales == "d":
             return emit_half_to_f32(b, load(b, self.scales, halves)), None
         if panel.scales == "dm":
@@ -119,7 +122,6 @@ class Record:
         per_block = BLOCK // panel.group
         subs = panel.blocks * per_block
         if panel.scales == "dm_sub":
-            eights = ir.VectorType(I8, LANES)
             parts = []
             for i in range(2):
                 index = b.add(self.within, ir.Constant(I64, i * subs))
@@ -128,8 +130,13 @@ class Record:
                 parts.append(b.fmul(emit_half_to_f32(b, factor), b.uitofp(sub, V16F32)))
             return parts[0], b.fneg(parts[1])
         index = b.add(b.mul(self.within, ir.Constant(I64, per_block)), ir.Constant(I64, group))
-        sub = load(b, b.add(self.scales, b.mul(index, ir.Constant(I64, ROWS))), ir.VectorType(I8, LANES))
+        sub = load(b, b.add(self.scales, b.mul(index, ir.Constant(I64, ROWS))), eights)
         d = emit_half_to_f32(b, load(b, at(b, self.scales, subs * ROWS), halves))
+        if panel.scales == "dm_sub4":
+            dmin = emit_half_to_f32(b, load(b, at(b, self.scales, (subs + 2) * ROWS), halves))
+            nibbles = b.and_(sub, const(eights, 15)), b.lshr(sub, const(eights, 4))
+            scale, low = (b.fmul(f, b.uitofp(n, V16F32)) for f, n in zip((d, dmin), nibbles, strict=True))
+            return scale, b.fneg(low)
         return b.fmul(d, b.sitofp(sub, V16F32)), None
 
 
@@ -160,14 +167,33 @@ def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Va
     return _join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
 
 
+_SHUFFLE = {4: "llvm.x86.ssse3.pshuf.b.128", 8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
+
+
+def _look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
+    """table[index] of 64 x i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
+    if TIER.dot != "plain":
+        lanes = ir.Constant(V64I8, table * 4)  # the shuffle stays within 16 bytes
+        return _by_register(b, _SHUFFLE[TIER.row_lanes], V64I8, lanes, index)
+    value = const(V64I8, table[0])
+    for i, level in enumerate(table[1:], 1):
+        value = b.select(b.icmp_unsigned("==", index, const(V64I8, i)), const(V64I8, level), value)
+    return value
+
+
 class Dots:
     """Sums of quad products of one scale group for some tokens; subclasses are instruction sets.
 
     `add(w, x)` takes the quad of weights and the address of each token's 4 activations; `total(i)` the i32x16 sum.
+
+    Attributes:
+        unsigned: 8-bit weights are wanted with 128 added.
     """
 
+    unsigned = False
+
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
-        self.b, self.bits = b, sum(panel.planes)
+        self.b, self.bits = b, panel.bits
         self.sums = list(starts)
 
     def add(self, w: ir.Value, x: list[ir.Value]) -> None:
@@ -181,12 +207,12 @@ class Dots:
 
 
 class VnniDots(Dots):
-    """vpdpbusd: unsigned weights x signed activations, four products into i32; 8-bit weights get 128 added."""
+    """vpdpbusd: unsigned weights x signed activations, four products into i32."""
+
+    unsigned = True
 
     def add(self, w: ir.Value, x: list[ir.Value]) -> None:
         b = self.b
-        if self.bits == 8:
-            w = b.xor(w, const(V64I8, 0x80))
         for i, address in enumerate(x):
             quad = b.bitcast(self._x(address), V64I8)
             self.sums[i] = _by_register(b, "llvm.x86.avx512.vpdpbusd.{bits}", V16I32, self.sums[i], w, quad)
@@ -259,13 +285,16 @@ DOTS: dict[str, type[Dots]] = {"vnni512": VnniDots, "vnni256": VnniDots, "maddub
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def _zero_point(panel: Panel, group: int) -> int | None:
-    """Offset of the i32 in an activation record that takes the zero point out; None where there is none."""
-    if sum(panel.planes) == 8 and not TIER.dot.startswith("vnni"):
-        return None  # these read 8-bit weights signed
-    if panel.group == 16:
-        return {32: (LOW32, HIGH32)[group]}[panel.zero]
-    return {0: None, 8: SUM8, 16: SUM16, 128: SUM128}[panel.zero]
+def _start(b: ir.IRBuilder, panel: Panel, group: int, record: ir.Value) -> ir.Value:
+    """What the sum of a scale group starts from, i32x16: -zero times the sum of the record's integers."""
+    if panel.zero == 0 or (panel.bits == 8 and not DOTS[TIER.dot].unsigned):
+        return const(V16I32, 0)
+    if panel.group == 32:
+        offset, shift = {8: SUM8, 16: SUM16, 128: SUM128}[panel.zero], 0
+    else:
+        offset, shift = HALVES[group], {32: 0, 4: 3}[panel.zero]
+    total = splat(b, load(b, at(b, record, offset), I32))
+    return b.ashr(total, const(V16I32, shift)) if shift else total  # exact: a multiple of 32
 
 
 def _int8_block(
@@ -273,25 +302,30 @@ def _int8_block(
 ) -> None:
     """acc[t] += block's dot product with token t; x[t] is the address of the token's record."""
     record = Record(b, panel, w, block)
-    addresses = [at(b, token, 64 * term) for token in x for term in range(terms)]
+    addresses = [at(b, token, RECORD_BYTES * term) for token in x for term in range(terms)]
     quads = panel.group // 4
+
+    def value(sums: list[ir.Value]) -> ir.Value:
+        """Integer sums of a token's terms, i32x16 each, as f32x16: one rounding."""
+        first = b.sitofp(sums[0], V16F32)
+        return first if terms == 1 else emit_fma(b, b.sitofp(sums[1], V16F32), const(V16F32, 1 / 254), first)
+
     for group in range(BLOCK // panel.group):
-        offset = _zero_point(panel, group)
-        zero = const(V16I32, 0)
-        starts = [zero if offset is None else splat(b, load(b, at(b, a, offset), I32)) for a in addresses]
-        dots = DOTS[TIER.dot](b, panel, starts)
+        dots = DOTS[TIER.dot](b, panel, [_start(b, panel, group, a) for a in addresses])
         for j in range(group * quads, (group + 1) * quads):
-            dots.add(record.quad(j), [at(b, a, 4 * j) for a in addresses])
+            dots.add(record.quad(j, dots.unsigned), [at(b, a, 4 * j) for a in addresses])
         scale, minimum = record.scale(group)
+        if minimum is not None and panel.group == 16:  # the record has -32 times the sum of a half
+            minimum = b.fmul(minimum, const(V16F32, -1 / 32))
         for t, token in enumerate(x):
-            value = b.sitofp(dots.total(t * terms), V16F32)
-            if terms == 2:
-                second = b.sitofp(dots.total(t * terms + 1), V16F32)
-                value = emit_fma(b, second, const(V16F32, 1 / 254), value)
-            total = b.load(acc[t])
-            total = emit_fma(b, value, b.fmul(scale, broadcast_f32(b, at(b, token, D))), total)
-            if minimum is not None:
+            d = broadcast_f32(b, at(b, token, D))
+            dot = value([dots.total(t * terms + i) for i in range(terms)])
+            total = emit_fma(b, dot, b.fmul(scale, d), b.load(acc[t]))
+            if minimum is not None and panel.group == 32:
                 total = emit_fma(b, minimum, broadcast_f32(b, at(b, token, DSUM)), total)
+            elif minimum is not None:
+                half = [splat(b, load(b, at(b, a, HALVES[group]), I32)) for a in addresses[t * terms : (t + 1) * terms]]
+                total = emit_fma(b, value(half), b.fmul(minimum, d), total)
             b.store(total, acc[t])
 
 
@@ -423,7 +457,7 @@ def make_unpack(name: str) -> Any:
                     store(b, at(b, base, kk * ROWS * 4), value)
                 return
             record = Record(b, panel, w, loop.index)
-            signed = sum(panel.planes) == 8
+            signed = panel.bits == 8
             for j in range(BLOCK // 4):
                 scale, minimum = record.scale(4 * j // panel.group)
                 quads = b.bitcast(record.quad(j), V16I32)

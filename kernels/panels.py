@@ -17,10 +17,14 @@ one lane of i32x16.
     Q4_K  8 x [4-bit plane], [8 subs][16 rows] u8, [8 minima][16 rows] u8, [16 x f16 d][16 x f16 dmin]   2,368 B
     Q5_K  8 x [4-bit plane][1-bit plane], then as Q4_K     2,880 B; both 64 B more than the file, whose subs have 6 bits
     Q6_K  8 x [4-bit plane][2-bit plane], [16 subs][16 rows] i8, [16 x f16 d]     3,360 B = 16 x 210
+    Q3_K  8 x [2-bit plane][1-bit plane], then as Q6_K     1,824 B, 64 more than the file, whose subs have 6 bits
+    Q2_K  8 x [2-bit plane], [16 subs][16 rows] u8 as in the file, [16 x f16 d][16 x f16 dmin]   1,344 B = 16 x 84
+    IQ4_NL  as Q4_0, the nibble being an index into 16 levels      288 B = 16 x 18
+    IQ4_XS  8 x [4-bit plane], [8 subs][16 rows] i8, [16 x f16 d]   2,208 B, 32 more than the file
     F32, F16, BF16        k vectors of 16 rows
 
-A weight is S * (u - zero) + M with the unsigned u of the planes. Rows beyond the matrix are zero, k is a multiple of
-the block.
+A weight is S * (u - zero) + M with the unsigned u of the planes, or S * codebook[u]. Rows beyond the matrix are zero,
+k is a multiple of the block.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import FORMATS
+from .formats import FORMATS, LEVELS
 
 Bytes = NDArray[np.uint8]
 ROWS = 16  # rows of a row group = lanes
@@ -45,12 +49,14 @@ class Panel:
     Attributes:
         name: format name as in GGUF.
         planes: bits of each plane, the low bits of u first; empty for float formats.
-        zero: u that means 0.
+        zero: u that means 0; for 8 bits, what makes them unsigned.
         blocks: 32-wide blocks in a record.
         group: k that share a scale, 32 or 16.
         scales: "d" (f16), "dm" (f16 scale and minimum), "d_sub" (f16 times an int8 per group), "dm_sub" (two f16, each
-            times a uint8 per block: scale and subtracted minimum); "" for float formats.
+            times a uint8 per block: scale and subtracted minimum), "dm_sub4" (the same per group, two nibbles of one
+            uint8, scale low); "" for float formats.
         pack: file bytes (rows, row_bytes) -> (groups, records, record_bytes); rows a multiple of 16.
+        codebook: int8 weights that a 4-bit u stands for; () where u is the number itself.
     """
 
     name: str
@@ -60,6 +66,12 @@ class Panel:
     group: int
     scales: str
     pack: Callable[[Bytes], Bytes]
+    codebook: tuple[int, ...] = ()
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight in a dot product; 8 are signed, fewer are u."""
+        return 8 if self.codebook else sum(self.planes)
 
     @property
     def is_float(self) -> bool:
@@ -77,7 +89,7 @@ class Panel:
         if self.is_float:
             return ROWS * BLOCK * (4 if self.name == "F32" else 2)
         subs = self.blocks * BLOCK // self.group
-        tail = {"d": 2, "dm": 4, "d_sub": 2 + subs, "dm_sub": 4 + 2 * subs}[self.scales]
+        tail = {"d": 2, "dm": 4, "d_sub": 2 + subs, "dm_sub": 4 + 2 * subs, "dm_sub4": 4 + subs}[self.scales]
         return self.blocks * self.block_bytes + ROWS * tail
 
 
@@ -156,22 +168,58 @@ def _pack_q8_0(raw: Bytes) -> Bytes:
     return _record(_quads(blocks[..., 2:]), _lanes(np.ascontiguousarray(blocks[..., :2]).view("<u2")))
 
 
+def _plane2(twos: Bytes) -> Bytes:
+    """(..., 32) of 0..3, k upwards -> (..., 8) bytes: quad u + 2 f in bits 2f, 2f + 1 of bytes 4 u .. 4 u + 3."""
+    fields = twos.reshape(*twos.shape[:-1], 4, 8)
+    return fields[..., 0, :] | (fields[..., 1, :] << 2) | (fields[..., 2, :] << 4) | (fields[..., 3, :] << 6)
+
+
+def _halves_of_twos(packed: Bytes) -> Bytes:
+    """(rows, records, 64) bytes -> (rows, records, block, 32): in each half of 128 k, k = 32 f + i is bits 2f, 2f + 1
+    of byte i.
+    """
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    return ((packed.reshape(*packed.shape[:2], 2, 1, BLOCK) >> shifts) & 3).reshape(*packed.shape[:2], 8, BLOCK)
+
+
 def _pack_q6_k(raw: Bytes) -> Bytes:
     blocks = raw.reshape(len(raw), -1, 210)
-    low, high, subs, d = blocks[..., :128], blocks[..., 128:192], blocks[..., 192:208], blocks[..., 208:]
+    low, high, subs, d = np.split(blocks, [128, 192, 208], axis=-1)
     # file: two halves of 128 k; k = 32 f + i lives in low[half, (f & 1) * 32 + i] nibble f >> 1, and in high[half, i]
-    # bits 2f, 2f + 1
-    low = low.reshape(*low.shape[:2], 2, 1, 2, 32)
+    low = low.reshape(*low.shape[:2], 2, 1, 2, BLOCK)
     nibbles = np.concatenate([low & 15, low >> 4], axis=3)  # (rows, records, half, f >> 1, f & 1, 32)
-    nibbles = nibbles.reshape(*nibbles.shape[:2], 8, 32)  # (rows, records, block, 32)
-    high = high.reshape(*high.shape[:2], 2, 1, 32)
-    shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1)
-    twos = ((high >> shifts) & 3).reshape(*nibbles.shape)
+    nibbles = nibbles.reshape(*nibbles.shape[:2], 8, BLOCK)  # (rows, records, block, 32)
     plane4 = nibbles[..., :16] | (nibbles[..., 16:] << 4)
-    fields = twos.reshape(*twos.shape[:3], 4, 8)  # quads u + 2 f: f, then 8 bytes = quads u = 0, 1
-    plane2 = fields[..., 0, :] | (fields[..., 1, :] << 2) | (fields[..., 2, :] << 4) | (fields[..., 3, :] << 6)
-    planes = _quads(np.concatenate([plane4, plane2], axis=3).reshape(*blocks.shape[:2], -1))
-    return _record(planes, _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+    planes = np.concatenate([plane4, _plane2(_halves_of_twos(high))], axis=3).reshape(*blocks.shape[:2], -1)
+    return _record(_quads(planes), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+
+
+def _pack_q3_k(raw: Bytes) -> Bytes:
+    blocks = raw.reshape(len(raw), -1, 110)
+    high, low, packed, d = np.split(blocks, [32, 96, 108], axis=-1)
+    bits = (high[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # (rows, records, block, 32)
+    planes = np.concatenate([_plane2(_halves_of_twos(low)), _plane1(bits)], axis=3).reshape(*blocks.shape[:2], -1)
+    # 6-bit subs 4 i + j: low bits in nibbles of bytes 0-7, top bits at 2 i of byte 8 + j
+    nibbles = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], axis=-1)
+    top = (packed[..., None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
+    subs = (nibbles | (top.reshape(nibbles.shape) << 4)) - np.uint8(32)  # wraps: int8 from here on
+    return _record(_quads(planes), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+
+
+def _pack_q2_k(raw: Bytes) -> Bytes:
+    blocks = raw.reshape(len(raw), -1, 84)
+    subs, twos, d = np.split(blocks, [16, 80], axis=-1)
+    planes = _plane2(_halves_of_twos(twos)).reshape(*blocks.shape[:2], -1)
+    return _record(_quads(planes), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+
+
+def _pack_iq4_xs(raw: Bytes) -> Bytes:
+    blocks = raw.reshape(len(raw), -1, 136)
+    d, high, low, nibbles = np.split(blocks, [2, 4, 8], axis=-1)
+    top = (np.ascontiguousarray(high).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16)) & 3
+    low = np.stack([low & 15, low >> 4], axis=-1).reshape(top.shape)
+    subs = (low | (top.astype(np.uint8) << 4)) - np.uint8(32)  # wraps: int8 from here on
+    return _record(_quads(nibbles), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
 
 
 def _pack_float(itemsize: int) -> Callable[[Bytes], Bytes]:
@@ -182,6 +230,7 @@ def _pack_float(itemsize: int) -> Callable[[Bytes], Bytes]:
     return pack
 
 
+_LEVELS = tuple(int(level) for level in LEVELS)
 PANELS: dict[str, Panel] = {
     p.name: p
     for p in (
@@ -193,9 +242,13 @@ PANELS: dict[str, Panel] = {
         Panel("Q5_0", (4, 1), 16, 1, 32, "d", _pack_q5(2)),
         Panel("Q5_1", (4, 1), 0, 1, 32, "dm", _pack_q5(4)),
         Panel("Q8_0", (8,), 128, 1, 32, "d", _pack_q8_0),
+        Panel("IQ4_NL", (4,), 128, 1, 32, "d", _pack_q4_0, _LEVELS),
+        Panel("Q2_K", (2,), 0, 8, 16, "dm_sub4", _pack_q2_k),
+        Panel("Q3_K", (2, 1), 4, 8, 16, "d_sub", _pack_q3_k),
         Panel("Q4_K", (4,), 0, 8, 32, "dm_sub", _pack_k_with_minima(False)),
         Panel("Q5_K", (4, 1), 0, 8, 32, "dm_sub", _pack_k_with_minima(True)),
         Panel("Q6_K", (4, 2), 32, 8, 16, "d_sub", _pack_q6_k),
+        Panel("IQ4_XS", (4,), 128, 8, 32, "d_sub", _pack_iq4_xs, _LEVELS),
     )
 }
 

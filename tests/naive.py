@@ -18,7 +18,7 @@ from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 HEAD_DIM = 64
 TERMS = {"f32": 0, "int8": 1, "int8x2": 2}  # activation mode -> int8 terms
 FLOATS = ("F32", "F16", "BF16")
-QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,27 @@ BUDGETS: dict[tuple[str, str], Budget] = {
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def blocks(fmt: str, rows: int, k: int, seed: int = 0) -> np.ndarray:
-    """Bytes (rows, row_bytes) of normal weights in a format; random bits of that size where nobody here quantises."""
+MEAN = {"Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}  # of the unsigned integers: minima of this times d make weights centred
+
+
+def blocks(fmt: str, rows: int, k: int, seed: int = 0, std: float = 1.0) -> np.ndarray:
+    """Bytes (rows, row_bytes) of normal weights in a format; random bits of the same spread where nobody quantises."""
     rng = np.random.default_rng(seed)
-    if FORMATS[fmt].quantize is None:
-        raw = rng.integers(0, 256, (rows, k // FORMATS[fmt].block * FORMATS[fmt].dtype.itemsize), np.uint8)
-        view = raw.view(FORMATS[fmt].dtype)
-        view["d"] = rng.uniform(0.002, 0.004, view.shape)
-        view["dmin"] = rng.uniform(0.01, 0.03, view.shape)
+    format = FORMATS[fmt]
+    if format.quantize is None:
+        raw = rng.integers(0, 256, (rows, format.row_bytes(k)), np.uint8)
+        view = raw.view(format.dtype)
+
+        def set_scales(d: float | np.ndarray) -> None:
+            view["d"] = d
+            if fmt in MEAN:
+                view["dmin"] = d * MEAN[fmt]
+
+        set_scales(1.0)
+        set_scales(rng.uniform(0.8, 1.2, view.shape) * std / weights(fmt, raw).std())
         return raw
-    values = rng.standard_normal((rows, k)).astype(np.float32)
-    return np.ascontiguousarray(quantize_ref(FORMATS[fmt], values)).view(np.uint8).reshape(rows, -1)
+    values = (rng.standard_normal((rows, k)) * std).astype(np.float32)
+    return np.ascontiguousarray(quantize_ref(format, values)).view(np.uint8).reshape(rows, -1)
 
 
 def weights(fmt: str, raw: np.ndarray) -> np.ndarray:

@@ -9,12 +9,14 @@ A quantised format exists in GGUF only: its folder holds the dequantised weights
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import naive
 from smolrun.config import ModelConfig
 from smolrun.files.gguf import WriteTensor, write_gguf
 from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
@@ -85,6 +87,7 @@ def make_tiny(
     n_layers: int = 2,
     fmt: str = "F32",
     embd_fmt: str | None = None,
+    mix: Mapping[str, str] | None = None,
     max_positions: int = 2048,
     rope_theta: float = 100_000.0,
     shards: int = 1,
@@ -95,9 +98,11 @@ def make_tiny(
         gqa: 1 KV head for all query heads, else as many as query heads.
         base: no chat template, bos = eos = <|endoftext|>.
         vocab_size: fewer than FULL_VOCAB drops merges, more pads with unused ids.
-        dim: dim / 64 heads. For Q6_K take dim and hidden_dim divisible by 256, or get Q8_0 as from llama.cpp.
-        fmt: format of the matrices; norms are F32 in GGUF and in quantised models' folders.
+        dim: dim / 64 heads. For K-quants take dim and hidden_dim divisible by 256, or get Q8_0.
+        fmt: format of the matrices, random bits where nobody here quantises; norms are F32 in GGUF and in quantised
+            models' folders.
         embd_fmt: format of token_embd (and output), `fmt` when None.
+        mix: other formats by part of a name, {"attn_v": "Q6_K"}.
         shards: safetensors files; more than 1 writes an index.
     """
     heads = dim // HEAD_DIM
@@ -121,13 +126,16 @@ def make_tiny(
     weights, files = {}, []
     for name, values in make_weights(config, seed).items():
         wanted = (embd_fmt or fmt) if name in ("token_embd.weight", "output.weight") else fmt
+        wanted = (mix or {}).get(name.split(".")[-2], wanted)
         if values.shape[-1] % FORMATS[wanted].block:
             wanted = "Q8_0"
         if values.ndim == 1:
             wanted, values = "F32", round_to(plain, values)
         format = FORMATS[wanted]
-        rows = permute(values, config, name)
-        blocks = quantize_ref(format, rows)
+        if format.quantize:
+            blocks = quantize_ref(format, permute(values, config, name))
+        else:
+            blocks = naive.blocks(wanted, *values.shape, seed + len(files), float(values.std())).view(format.dtype)
         files.append(WriteTensor(name, format.name, values.shape, blocks))
         weights[name] = permute(dequantize_ref(format, blocks).reshape(values.shape), config, name, inverse=True)
     dir.mkdir(parents=True, exist_ok=True)
