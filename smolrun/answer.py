@@ -1,15 +1,19 @@
 """What an answer is: its pieces, its whole, its clocks, and the state it takes to compute one step after another."""
 
 import time
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field, replace
 
-from smolrun.errors import OptionError
+from smolrun.errors import OptionError, SmolrunError
+from smolrun.generate.batch import Event, Seat
 from smolrun.generate.engine import Cancel, FinishReason, Model, Progress, Step, generate_ids
 from smolrun.generate.sampler import Sampling
 from smolrun.generate.speculate import Speculator
+from smolrun.text.stops import StopFinder
+from smolrun.text.tokenizer import StreamDecoder
 
 Stop = str | int | Iterable[str | int]
+AtEnd = Callable[[str, list[int]], None]  # gets an answer's text and ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +67,9 @@ class Chunk:
         logprob: of the id in the model's unmodified distribution (see `Sampling`); None without id.
         top: the likeliest (id, log-probability), as many as `Sampling.logprobs`.
         finish_reason: None but in the last chunk: "stop" (the model or a stop id ended it), "length" (max_tokens),
-            "context" (the context is full), "stop_string", "cancelled".
+            "context" (the context is full), "stop_string", "cancelled", "error" (one prompt of a batch).
         timings, seed: in the last chunk; `seed` repeats the answer.
+        error: what ended it, with "error".
     """
 
     text: str
@@ -74,6 +79,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
     seed: int | None = None
+    error: SmolrunError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,7 @@ class Completion:
         seed: with it in `Sampling` the same call gives the same answer.
         logprobs: log-probability of each id.  # len(ids)
         top: the likeliest (id, log-probability) beside each id, as many as `Sampling.logprobs`.  # len(ids)
+        error: what ended one answer of a batch; None but with "error".
     """
 
     text: str
@@ -98,6 +105,7 @@ class Completion:
     seed: int
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    error: SmolrunError | None = None
 
 
 class Request:
@@ -129,6 +137,22 @@ class Request:
         self.ignore_eos = ignore_eos
         self.cancel = cancel
         self.progress = progress
+
+
+class Speaker:
+    """Steps -> chunks: whole characters, and none of a stop string, wherever the borders between tokens lie."""
+
+    def __init__(self, decoder: StreamDecoder, stop_strings: list[str]) -> None:
+        self._decoder, self._stops = decoder, StopFinder(stop_strings)
+
+    def say(self, step: Step) -> Chunk:
+        """The text that became certain. A stop string ends the answer: then the chunk has a finish reason."""
+        own = step.id if step.finish_reason != "stop" else None
+        text = self._stops.push(self._decoder.push(own)) if own is not None else ""
+        if step.finish_reason is not None and not self._stops.found:
+            text += self._stops.push(self._decoder.flush()) + self._stops.flush()
+        reason: FinishReason | None = "stop_string" if self._stops.found else step.finish_reason
+        return Chunk(text, own, step.logprob if own is not None else None, step.top, reason)
 
 
 class Answer:
@@ -215,6 +239,70 @@ class Answer:
             self.request.progress(done, total)
 
 
+class BatchAnswer:
+    """One answer of a batch: its text and its clocks. Passes are shared, so the seconds of several answers overlap."""
+
+    def __init__(
+        self,
+        index: int,
+        seat: Seat,
+        speaker: Speaker,
+        seed: int | None,
+        at_end: AtEnd | None,
+    ) -> None:
+        self.index, self.seat = index, seat
+        self._speaker, self._seed, self._at_end = speaker, seed, at_end
+        self._said: list[str] = []
+        self._ids: list[int] = []
+        self._computed = 0  # of the seat, as last seen
+        self._count = 0
+        self._prefill_tokens = 0
+        self._queue_seconds = self._prefill_seconds = self._decode_seconds = 0.0
+
+    def spend(self, seconds: float) -> None:
+        """Time went by: in the queue, or in a pass that the answer was part of."""
+        computed = self.seat.computed - self._computed
+        self._computed += computed
+        if not computed:
+            self._queue_seconds += seconds
+        elif self._count:
+            self._decode_seconds += seconds
+        else:
+            self._prefill_seconds += seconds
+            self._prefill_tokens += computed
+
+    def chunk(self, event: Event) -> Chunk:
+        """What comes out of an event."""
+        if isinstance(event.step, SmolrunError):
+            return replace(failed(event.step, self._seed), timings=self._timings())
+        self._count += event.step.id is not None
+        chunk = self._speaker.say(event.step)
+        self._said.append(chunk.text)
+        if chunk.id is not None:
+            self._ids.append(chunk.id)
+        if chunk.finish_reason is None:
+            return chunk
+        if self._at_end is not None and self._ids:
+            self._at_end("".join(self._said), self._ids)
+        return replace(chunk, timings=self._timings(), seed=self._seed)
+
+    def _timings(self) -> Timings:
+        return Timings(
+            queue_seconds=self._queue_seconds,
+            prompt_tokens=self.seat.prompt_length,
+            prefill_tokens=self._prefill_tokens,
+            prefill_seconds=self._prefill_seconds,
+            first_token_seconds=self._queue_seconds + self._prefill_seconds if self._count else None,
+            decode_tokens=max(self._count - 1, 0),
+            decode_seconds=self._decode_seconds,
+        )
+
+
+def failed(error: SmolrunError, seed: int | None) -> Chunk:
+    """The only chunk of a prompt that has no answer."""
+    return Chunk("", finish_reason="error", timings=Timings(0.0, 0, 0, 0.0, None, 0, 0.0), seed=seed or 0, error=error)
+
+
 def collect(chunks: Iterable[Chunk]) -> Completion:
     texts, ids, logprobs, top = [], [], [], []
     last: Chunk | None = None
@@ -225,4 +313,4 @@ def collect(chunks: Iterable[Chunk]) -> Completion:
             logprobs.append(last.logprob)
             top.append(last.top)
     assert last is not None and last.finish_reason is not None and last.timings is not None and last.seed is not None
-    return Completion("".join(texts), ids, last.finish_reason, last.timings, last.seed, logprobs, top)
+    return Completion("".join(texts), ids, last.finish_reason, last.timings, last.seed, logprobs, top, last.error)

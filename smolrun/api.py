@@ -4,6 +4,8 @@
     LLM.stream     Chunk by Chunk       adds text, stop strings, clocks, the queue of callers
     generate_ids   ids                  (generate/engine.py)
 
+    LLM.batch      Completions          of many prompts, several in each pass (generate/batch.py)
+
 `LLM.chat` renders its messages and goes the same way. There is no session: a dialogue is rendered anew each turn, and
 the KV cache keeps the longest prefix, so only the new turn is computed.
 """
@@ -11,26 +13,41 @@ the KV cache keeps the longest prefix, so only the new turn is computed.
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from smolrun.answer import Answer, Chunk, Completion, Request, Stop, Timings, collect
+from smolrun.answer import (
+    Answer,
+    AtEnd,
+    BatchAnswer,
+    Chunk,
+    Completion,
+    Request,
+    Speaker,
+    Stop,
+    Timings,
+    collect,
+    failed,
+)
 from smolrun.config import ModelConfig
-from smolrun.errors import ContextOverflow, ModelClosed, OptionError
+from smolrun.errors import ContextOverflow, ModelClosed, OptionError, SmolrunError
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.files.sources import resolve
-from smolrun.generate.engine import Cancel, FinishReason, Model, Progress, Step, check_ids, check_prompt, logits_from
+from smolrun.generate.batch import Batch, Event, Seat
+from smolrun.generate.engine import Cancel, Model, Progress, Step, check_ids, check_prompt, logits_from
 from smolrun.generate.sampler import Logits, Sampling
 from smolrun.generate.speculate import Speculator
-from smolrun.generate.turns import Turns
+from smolrun.generate.turns import Holder, Turns
 from smolrun.model.llama import Llama
 from smolrun.text.dialogue import AnswerMemory, is_answer
-from smolrun.text.stops import StopFinder
 from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
 
@@ -304,22 +321,97 @@ class LLM:
         >>> again.timings.cached_tokens >= answer.timings.prompt_tokens            # only the new turn was computed
         True
         """
-        messages = self._memory.with_ids(messages)
-        begun = messages[-1] if messages and is_answer(messages[-1]) else None
-        ids, mask = self._template.encode(
-            messages, add_generation_prompt=begun is None, continue_final=begun is not None
-        )
-        request = Request(ids, max_tokens, sampling, stop, ignore_eos, cancel, progress)
-
-        def remember(text: str, sampled: list[int]) -> None:
-            if begun is None:
-                self._memory.remember(messages, text, sampled)
-            else:
-                start = len(mask) - mask[::-1].index(False) if False in mask else 0  # of the begun answer
-                self._memory.remember(messages[:-1], (begun["content"] or "") + text, [*ids[start:], *sampled])
-
-        chunks = self._stream(request, remember)
+        ids, at_end = self._dialogue(messages)
+        chunks = self._stream(Request(ids, max_tokens, sampling, stop, ignore_eos, cancel, progress), at_end)
         return chunks if stream else collect(chunks)
+
+    @overload
+    def batch(
+        self,
+        prompts: Iterable[Prompt | Sequence[Message]],
+        *,
+        stream: Literal[False] = False,
+        max_tokens: int | None = ...,
+        sampling: Sampling | Sequence[Sampling] | None = ...,
+        stop: Stop = ...,
+        ignore_eos: bool = ...,
+        max_batch: int = ...,
+        cancel: Cancel | None = ...,
+    ) -> list[Completion]: ...
+
+    @overload
+    def batch(
+        self,
+        prompts: Iterable[Prompt | Sequence[Message]],
+        *,
+        stream: Literal[True],
+        max_tokens: int | None = ...,
+        sampling: Sampling | Sequence[Sampling] | None = ...,
+        stop: Stop = ...,
+        ignore_eos: bool = ...,
+        max_batch: int = ...,
+        cancel: Cancel | None = ...,
+    ) -> Generator[tuple[int, Chunk], None, None]: ...
+
+    def batch(
+        self,
+        prompts: Iterable[Prompt | Sequence[Message]],
+        *,
+        stream: bool = False,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        stop: Stop = (),
+        ignore_eos: bool = False,
+        max_batch: int = 8,
+        cancel: Cancel | None = None,
+    ) -> list[Completion] | Generator[tuple[int, Chunk], None, None]:
+        """Answers many prompts, several in each pass: every answer is the one it would get alone, bit for bit.
+
+        A finished answer makes room for the next prompt at once; what prompts have in common is computed once. A prompt
+        that cannot be answered (too long, no text, refused by the template) ends with finish_reason "error" and its
+        `error`; the others go on. All answers of a pass share the cache's `context` positions, so the memory does not
+        grow with max_batch: load with a larger context if long answers keep each other out.
+
+        Args:
+            prompts: each is text or ids, as for `generate`, or messages, as for `chat`. Any iterable: it is read as
+                answers end.
+            stream: False: a list of Completions in the order of the prompts; True: a generator of (index of the prompt,
+                Chunk) as they come.
+            sampling: one for all, or one for each prompt. Without a seed each answer takes a fresh one.
+            max_batch: answers in one pass, 1 to 32.
+            cancel: once set, all answers that have not ended end with "cancelled".
+            max_tokens, stop, ignore_eos: as `stream`, for each answer.
+
+        Raises:
+            OptionError: options, not prompts, that cannot be; at the call.
+            ModelClosed: at the call, or later if the model is closed meanwhile.
+
+        >>> with smolrun.load(tiny, context=256) as llm:
+        ...     answers = llm.batch(["Once upon", [5, 6, 7], "x" * 9999], max_tokens=4, ignore_eos=True)
+        >>> [(len(answer.ids), answer.finish_reason) for answer in answers]
+        [(4, 'length'), (4, 'length'), (0, 'error')]
+        """
+        if isinstance(prompts, (str, bytes)):
+            raise OptionError(f"prompts is {type(prompts).__name__}, a list of prompts expected")
+        if isinstance(sampling, Sequence):
+            if not isinstance(prompts, Sequence) or len(prompts) != len(sampling):
+                raise OptionError(f"{len(sampling)} samplings: a list of as many prompts expected, or one Sampling")
+            each: Iterable[Sampling | None] = sampling
+        else:
+            each = repeat(sampling)
+        if self._turns.closed:
+            raise ModelClosed("the model is closed: load it again")
+        shared = Request([], max_tokens, None, stop, ignore_eos, cancel, None)
+        chunks = self._batch_chunks(Batch(self._model, max_batch), enumerate(zip(prompts, each, strict=False)), shared)
+        if stream:
+            return chunks
+        parts: defaultdict[int, list[Chunk]] = defaultdict(list)
+        answers: dict[int, Completion] = {}
+        for index, chunk in chunks:
+            parts[index].append(chunk)
+            if chunk.finish_reason is not None:
+                answers[index] = collect(parts.pop(index))
+        return [answers[index] for index in range(len(answers))]
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text; text of special tokens stays text.
@@ -446,7 +538,24 @@ class LLM:
         finally:
             self._leave(task)
 
-    def _leave(self, who: "_Task | Answer") -> None:
+    def _dialogue(self, messages: Sequence[Message]) -> tuple[list[int], AtEnd]:
+        """Ids of messages, and what keeps the ids of their answer for the next turn."""
+        messages = self._memory.with_ids(messages)
+        begun = messages[-1] if messages and is_answer(messages[-1]) else None
+        ids, mask = self._template.encode(
+            messages, add_generation_prompt=begun is None, continue_final=begun is not None
+        )
+
+        def remember(text: str, sampled: list[int]) -> None:
+            if begun is None:
+                self._memory.remember(messages, text, sampled)
+            else:
+                start = len(mask) - mask[::-1].index(False) if False in mask else 0  # of the begun answer
+                self._memory.remember(messages[:-1], (begun["content"] or "") + text, [*ids[start:], *sampled])
+
+        return ids, remember
+
+    def _leave(self, who: Holder) -> None:
         if self._turns.leave(who):
             self._free()  # `close` found us computing
 
@@ -454,43 +563,95 @@ class LLM:
         with self._freeing:  # whoever comes second waits until it is done
             self._release()
 
-    def _stream(
-        self, request: "Request", at_end: Callable[[str, list[int]], None] | None = None
-    ) -> Generator[Chunk, None, None]:
+    def _stop_ids(self, request: Request) -> set[int]:
+        return {*(() if request.ignore_eos else self._tokenizer.eos_ids), *request.stop_ids}
+
+    def _stream(self, request: Request, at_end: AtEnd | None = None) -> Generator[Chunk, None, None]:
         if self._turns.closed:
             raise ModelClosed("the model is closed: load it again")
         check_prompt(self._model, request.ids)
-        eos_ids = () if request.ignore_eos else self._tokenizer.eos_ids
-        answer = Answer(self._model, request, {*eos_ids, *request.stop_ids}, self._speculator)
-        return self._chunks(answer, at_end)
+        return self._chunks(Answer(self._model, request, self._stop_ids(request), self._speculator), at_end)
 
-    def _chunks(
-        self, answer: "Answer", at_end: Callable[[str, list[int]], None] | None
-    ) -> Generator[Chunk, None, None]:
-        decoder, stops = self._tokenizer.stream_decoder(), StopFinder(answer.request.stop_strings)
+    def _chunks(self, answer: Answer, at_end: AtEnd | None) -> Generator[Chunk, None, None]:
+        speaker = Speaker(self._tokenizer.stream_decoder(), answer.request.stop_strings)
         said: list[str] = []
         try:
             while True:
-                step = self._step(answer)
-                own = step.id if step.finish_reason != "stop" else None
-                text = stops.push(decoder.push(own)) if own is not None else ""
-                reason: FinishReason | None = "stop_string" if stops.found else step.finish_reason
-                if reason is not None:
-                    if not stops.found:
-                        text += stops.push(decoder.flush()) + stops.flush()
-                        reason = "stop_string" if stops.found else reason
+                chunk = speaker.say(self._step(answer))
+                said.append(chunk.text)
+                if chunk.finish_reason is not None:
                     self._leave(answer)
-                    said.append(text)
-                    logprob = step.logprob if own is not None else None
-                    seed = answer.sampling.seed
-                    yield Chunk(text, own, logprob, step.top, reason, answer.timings(), seed)
+                    yield replace(chunk, timings=answer.timings(), seed=answer.sampling.seed)
                     return
-                said.append(text)
-                yield Chunk(text, own, step.logprob, step.top)
+                yield chunk
         finally:
             self._leave(answer)
             if at_end is not None and answer.ids:
                 at_end("".join(said), answer.ids)
+
+    def _batch_chunks(
+        self,
+        batch: Batch,
+        prompts: Iterator[tuple[int, tuple[Prompt | Sequence[Message], Sampling | None]]],
+        shared: Request,
+    ) -> Generator[tuple[int, Chunk], None, None]:
+        answers: dict[Seat, BatchAnswer] = {}
+        try:
+            while True:
+                while batch.wants_more and (following := next(prompts, None)) is not None:
+                    index, (prompt, sampling) = following
+                    sampling = (sampling or Sampling()).seeded()
+                    try:
+                        ids, at_end = self._prompt(prompt)
+                        seat = batch.add(
+                            ids, max_tokens=shared.max_tokens, sampling=sampling, stop_ids=self._stop_ids(shared)
+                        )
+                    except SmolrunError as error:
+                        yield index, failed(error, sampling.seed)
+                        continue
+                    speaker = Speaker(self._tokenizer.stream_decoder(), shared.stop_strings)
+                    answers[seat] = BatchAnswer(index, seat, speaker, sampling.seed, at_end)
+                if not answers:
+                    return
+                out = []
+                for event in self._batch_step(batch, answers.values(), shared.cancel):
+                    answer = answers[event.seat]
+                    out.append((answer.index, chunk := answer.chunk(event)))
+                    if chunk.finish_reason is not None:
+                        batch.end(event.seat)
+                        del answers[event.seat]
+                if not answers:
+                    self._leave(batch)
+                yield from out
+        finally:
+            self._leave(batch)
+            batch.give_way()
+
+    def _batch_step(self, batch: Batch, answers: Collection[BatchAnswer], cancel: Cancel | None) -> list[Event]:
+        """The next pass of a batch, in its turn."""
+
+        start = time.perf_counter()
+        mine = self._turns.take(batch, cancel)
+        taken = time.perf_counter()
+        for answer in answers:
+            answer.spend(taken - start)
+        if not mine:
+            return batch.cancel()
+        try:
+            events = batch.step(None if cancel is None else _Stopped(cancel, self._turns))
+        finally:
+            self._turns.rest(batch)
+        if self._turns.closed:
+            raise ModelClosed("the model was closed during the batch: load it again")
+        for answer in answers:
+            answer.spend(time.perf_counter() - taken)
+        return events
+
+    def _prompt(self, prompt: Prompt | Sequence[Message]) -> tuple[list[int], AtEnd | None]:
+        """Ids of a prompt of a batch: messages if it is a list that begins with one."""
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+            return self._dialogue(prompt)
+        return self._ids(prompt), None  # type: ignore[arg-type]
 
     def _step(self, answer: "Answer") -> Step:
         """The next step of an answer, in its turn."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from smolrun.config import ModelConfig
+from smolrun.model.cache import CacheFull
 from smolrun.model.llama import Cancelled
 
 
@@ -34,17 +35,20 @@ class MockModel:
 
     Attributes:
         script: ids the answer shall have whatever the hash says; `script_from` is the length of the prompt.
-        passes: (first position, number of ids) of every call of hidden.
+        segments: sequences of a pass; all open ones together hold `context` positions.
+        passes: (first position, number of ids) of every sequence of every pass.
+        sizes: sequences of every pass.
         on_pass: called at the start of every pass.
         word: the cancel word; a pass that finds it set ends with Cancelled.
     """
 
-    def __init__(self, *, vocab_size: int = 50, context: int = 64, chunk: int = 8) -> None:
+    def __init__(self, *, vocab_size: int = 50, context: int = 64, chunk: int = 8, segments: int = 1) -> None:
         self.config = ModelConfig(64, 64, 1, 1, 1, 64, vocab_size, context, 1e5, 1e-5, True)
-        self.context, self.chunk = context, chunk
+        self.context, self.chunk, self.segments = context, chunk, segments
         self.slots: list[list[int]] = []
         self.opened: list[MockSequence] = []
         self.passes: list[tuple[int, int]] = []
+        self.sizes: list[int] = []
         self.script: list[int] = []
         self.script_from = 0
         self.on_pass: Callable[[], object] = lambda: None
@@ -52,23 +56,35 @@ class MockModel:
         self.closed = False
 
     def open(self, ids: Sequence[int]) -> MockSequence:
-        assert not self.closed and not self.opened, "one sequence at a time"
+        assert not self.closed and len(self.opened) < self.segments
         self.word.clear()
-        prefixes = [common_prefix(slot, ids) for slot in self.slots]
+        prefixes = [common_prefix(slot, ids) for slot in [*self.slots, *(seq.ids for seq in self.opened)]]
         self.opened.append(MockSequence(self, list(ids[: min(max(prefixes, default=0), len(ids) - 1)])))
         return self.opened[-1]
 
+    @property
+    def room(self) -> int:
+        return self.context - sum(len(seq.ids) for seq in self.opened)
+
     def hidden(self, seq: MockSequence, ids: Sequence[int]) -> np.ndarray:
-        assert seq in self.opened and 1 <= len(ids) <= self.chunk
+        return self.step([(seq, ids)])
+
+    def step(self, work: Sequence[tuple[MockSequence, Sequence[int]]]) -> np.ndarray:
+        assert 1 <= sum(len(ids) for _, ids in work) <= self.chunk and len(work) <= self.segments
+        assert all(ids and seq in self.opened for seq, ids in work)
+        if sum(len(ids) for _, ids in work) > self.room:
+            raise CacheFull
         self.on_pass()
         if self.word.is_set():
             self.word.clear()
             raise Cancelled
-        self.passes.append((len(seq.ids), len(ids)))
+        self.sizes.append(len(work))
         rows = []
-        for id in ids:
-            seq.ids.append(id)
-            rows.append([*divmod(zlib.crc32(repr(seq.ids).encode()), 1 << 16), len(seq.ids)])
+        for seq, ids in work:
+            self.passes.append((len(seq.ids), len(ids)))
+            for id in ids:
+                seq.ids.append(id)
+                rows.append([*divmod(zlib.crc32(repr(seq.ids).encode()), 1 << 16), len(seq.ids)])
         return np.array(rows, dtype=np.float32)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from smolrun.generate.sampler import Logits, Sampler, Sampling
 from smolrun.generate.speculate import Speculation
 from smolrun.model.llama import Cancelled
 
-FinishReason = Literal["stop", "length", "context", "cancelled", "stop_string"]
+FinishReason = Literal["stop", "length", "context", "cancelled", "stop_string", "error"]
 Progress = Callable[[int, int], object]
 
 _POLL_SECONDS = 0.005  # how often a cancel event is looked at during a native pass: about the time of one token
@@ -49,8 +49,13 @@ class Model(Protocol):
     def context(self) -> int: ...
     @property
     def chunk(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+    @property
+    def room(self) -> int: ...
     def open(self, ids: Sequence[int], /) -> CachedSequence: ...
     def hidden(self, seq: Any, ids: Sequence[int], /) -> Logits: ...
+    def step(self, work: Sequence[tuple[Any, Sequence[int]]], /) -> Logits: ...
     def logits(self, hidden: Logits, /) -> Logits: ...
     def cancel(self) -> None: ...
     def close(self) -> None: ...
@@ -91,6 +96,13 @@ def check_prompt(model: Model, ids: Sequence[int]) -> None:
     check_ids(model, ids)
     if len(ids) >= model.context:
         raise ContextOverflow(len(ids) + 1, model.context, "prompt with one id of the answer")
+
+
+def end_of(model: Model, prompt_length: int, max_tokens: int | None) -> tuple[int, FinishReason]:
+    """How many ids prompt and answer may have together, and why no more."""
+    if max_tokens is not None and prompt_length + max_tokens <= model.context:
+        return prompt_length + max_tokens, "length"
+    return model.context, "context"
 
 
 def generate_ids(
@@ -138,10 +150,7 @@ def _steps(
     prompt_length: int,
     speculation: Speculation | None,
 ) -> Generator[Step, None, None]:
-    limit: int = model.context
-    reason: FinishReason = "context"
-    if max_tokens is not None and prompt_length + max_tokens <= model.context:
-        limit, reason = prompt_length + max_tokens, "length"
+    limit, reason = end_of(model, prompt_length, max_tokens)
     ids = np.empty(max(limit, len(prompt)), dtype=np.int64)  # grows in place: the penalties read it at every step
     count = len(prompt)
     ids[:count] = prompt
@@ -154,7 +163,7 @@ def _steps(
         if count >= limit and hidden is not None:
             yield Step(None, finish_reason=reason)
             return
-        logits = None if hidden is None else _pass(partial(model.logits, hidden[-1:]), cancel)
+        logits = None if hidden is None else run_pass(partial(model.logits, hidden[-1:]), cancel)
         guess: list[int] = []
         while logits is not None:
             right = 0
@@ -195,8 +204,8 @@ def _steps(
 
 def _forward(model: Model, seq: CachedSequence, ids: Sequence[int], cancel: Cancel | None) -> Logits | None:
     """Logits of all of `ids`, appended to a sequence; None if it was cancelled."""
-    hidden = _pass(partial(model.hidden, seq, ids), cancel)
-    return None if hidden is None else _pass(partial(model.logits, hidden), cancel)
+    hidden = run_pass(partial(model.hidden, seq, ids), cancel)
+    return None if hidden is None else run_pass(partial(model.logits, hidden), cancel)
 
 
 def logits_from(
@@ -215,7 +224,7 @@ def logits_from(
                 return
             skip = max(first - position, 0)
             if skip < len(hidden):
-                logits = _pass(partial(model.logits, hidden[skip:]), cancel)
+                logits = run_pass(partial(model.logits, hidden[skip:]), cancel)
                 if logits is None:
                     return
                 yield position + skip, logits
@@ -236,9 +245,9 @@ def passes(
     todo = list(ids[seq.length :])
     if progress is not None:
         progress(0, len(todo))
-    with _watched(model, cancel):
+    with watched(model, cancel):
         for start in range(0, len(todo), model.chunk):
-            hidden = _pass(partial(model.hidden, seq, todo[start : start + model.chunk]), cancel)
+            hidden = run_pass(partial(model.hidden, seq, todo[start : start + model.chunk]), cancel)
             yield hidden
             if hidden is None:
                 return
@@ -246,7 +255,7 @@ def passes(
                 progress(start + len(hidden), len(todo))
 
 
-def _pass(work: Callable[[], Logits], cancel: Cancel | None) -> Logits | None:
+def run_pass(work: Callable[[], Logits], cancel: Cancel | None) -> Logits | None:
     """One pass of the model; None if it was cancelled."""
     while cancel is None or not cancel.is_set():
         try:
@@ -259,7 +268,7 @@ def _pass(work: Callable[[], Logits], cancel: Cancel | None) -> Logits | None:
 
 
 @contextmanager
-def _watched(model: Model, cancel: Cancel | None) -> Iterator[None]:
+def watched(model: Model, cancel: Cancel | None) -> Iterator[None]:
     """Sets the model's cancel word once `cancel` is set: a native pass cannot look at a Python event.
 
     The word is set again and again until the passes have ended: one that was just about to start may have cleared it.
