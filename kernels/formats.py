@@ -164,11 +164,6 @@ def _nibbles(qs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.concatenate([qs & 15, qs >> 4], axis=1)
 
 
-def _pack_nibbles(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(n, 32) of 0..15 -> (n, 16): the inverse of _nibbles."""
-    return q[:, :16] | q[:, 16:] << 4
-
-
 def _fifth_bits(qh: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(n, 4) bytes -> (n, 32) of 0 or 16."""
     return np.unpackbits(qh, axis=1, bitorder="little") << 4
@@ -215,9 +210,7 @@ def _quantize_q8_0(x: F32Array) -> Blocks:
     a = np.abs(v)
     whole = np.floor(a)
     q = np.copysign(whole + (a - whole >= 0.5), v)  # C's roundf: halves away from zero (np.round takes them to even)
-    out = np.empty(len(x), Q8_0)
-    out["d"], out["qs"] = d[:, 0], q.astype(np.int8)
-    return out
+    return _with_levels(Q8_0, q.astype(np.int8), d=d[:, 0])
 
 
 def _dequantize_q4_0(blocks: Blocks) -> F32Array:
@@ -225,10 +218,8 @@ def _dequantize_q4_0(blocks: Blocks) -> F32Array:
 
 
 def _quantize_q4_0(x: F32Array) -> Blocks:
-    out = np.empty(len(x), Q4_0)
-    out["d"], q = _symmetric(x, 8)
-    out["qs"] = _pack_nibbles(q)
-    return out
+    d, q = _symmetric(x, 8)
+    return _with_levels(Q4_0, q, d=d)
 
 
 def _dequantize_q4_1(blocks: Blocks) -> F32Array:
@@ -236,10 +227,8 @@ def _dequantize_q4_1(blocks: Blocks) -> F32Array:
 
 
 def _quantize_q4_1(x: F32Array) -> Blocks:
-    out = np.empty(len(x), Q4_1)
-    out["d"], out["m"], q = _affine(x, 15)
-    out["qs"] = _pack_nibbles(q)
-    return out
+    d, m, q = _affine(x, 15)
+    return _with_levels(Q4_1, q, d=d, m=m)
 
 
 def _dequantize_q5_0(blocks: Blocks) -> F32Array:
@@ -248,10 +237,8 @@ def _dequantize_q5_0(blocks: Blocks) -> F32Array:
 
 
 def _quantize_q5_0(x: F32Array) -> Blocks:
-    out = np.empty(len(x), Q5_0)
-    out["d"], q = _symmetric(x, 16)
-    out["qs"], out["qh"] = _pack_nibbles(q & 15), np.packbits(q >> 4, axis=1, bitorder="little")
-    return out
+    d, q = _symmetric(x, 16)
+    return _with_levels(Q5_0, q, d=d)
 
 
 def _dequantize_q5_1(blocks: Blocks) -> F32Array:
@@ -260,10 +247,8 @@ def _dequantize_q5_1(blocks: Blocks) -> F32Array:
 
 
 def _quantize_q5_1(x: F32Array) -> Blocks:
-    out = np.empty(len(x), Q5_1)
-    out["d"], out["m"], q = _affine(x, 31)
-    out["qs"], out["qh"] = _pack_nibbles(q & 15), np.packbits(q >> 4, axis=1, bitorder="little")
-    return out
+    d, m, q = _affine(x, 31)
+    return _with_levels(Q5_1, q, d=d, m=m)
 
 
 def _dequantize_iq4_nl(blocks: Blocks) -> F32Array:
@@ -307,6 +292,13 @@ def _fields(packed: NDArray[np.uint8], run: int, width: int) -> NDArray[np.uint8
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     runs = packed.reshape(len(packed), -1, 1, run)
     return ((runs >> shifts) & np.uint8((1 << width) - 1)).reshape(len(packed), -1)
+
+
+def _pack_fields(q: NDArray[np.uint8], run: int, width: int) -> NDArray[np.uint8]:
+    """(n, weights) of `width` bits -> (n, weights * width / 8): the inverse of _fields."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    fields = q.reshape(len(q), -1, 8 // width, run) << shifts
+    return np.bitwise_or.reduce(fields, axis=2).reshape(len(q), -1)
 
 
 def _spread(scales: F32Array, blocks: int) -> F32Array:
@@ -436,12 +428,44 @@ def _quantize_q6_k(x: F32Array) -> Blocks:
     with np.errstate(divide="ignore", invalid="ignore"):
         again = np.clip(_nearest(groups / stored), np.float32(-32), np.float32(31)) + np.float32(32)
     again = np.where(stored == 0, levels.astype(np.float32), again)
-    q = again.astype(np.uint8).T.reshape(n, 2, 4, 32)  # halves of 128 weights, quarters of 32
-    out["ql"] = (q[:, :, :2] & 15 | q[:, :, 2:] << 4).reshape(n, 128)
-    q = q >> 4
-    out["qh"] = (q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6).reshape(n, 64)
+    put_levels(out, again.astype(np.uint8).T.reshape(n, 256))
     out[empty] = np.zeros((), Q6_K)
     return out
+
+
+# ---- levels into blocks ----------------------------------------------------------------------------------------------
+
+
+def put_levels(blocks: Blocks, q: NDArray[Any]) -> None:
+    """Write the levels of blocks (n,): q (n, block), int8 for Q8_0, else the unsigned q of the drawings as uint8."""
+    dtype, names = blocks.dtype, blocks.dtype.names or ()
+    if dtype == Q8_0:
+        blocks["qs"] = q
+    elif dtype == Q6_K:
+        blocks["ql"], blocks["qh"] = _pack_fields(q & 15, 64, 4), _pack_fields(q >> 4, 32, 2)
+    elif "dmin" in names:
+        blocks["qs"] = _pack_fields(q & 15, 32, 4)
+        if "qh" in names:
+            blocks["qh"] = _pack_fields(q >> 4, 32, 1)
+    else:
+        blocks["qs"] = _pack_fields(q & 15, 16, 4)
+        if "qh" in names:
+            blocks["qh"] = np.packbits(q >> 4, axis=1, bitorder="little")
+
+
+def _with_levels(dtype: np.dtype[Any], q: NDArray[Any], **fields: F32Array) -> Blocks:
+    """New blocks of these levels and fields."""
+    out = np.empty(len(q), dtype)
+    for name, values in fields.items():
+        out[name] = values
+    put_levels(out, q)
+    return out
+
+
+def pack_scales_and_mins(s: NDArray[np.uint8], m: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The twelve bytes of Q4_K and Q5_K from 6-bit s (n, 8) and m (n, 8): the inverse of _scales_and_mins."""
+    top_s, top_m, tail = s[:, 4:] >> 4 << 6, m[:, 4:] >> 4 << 6, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4
+    return np.concatenate([s[:, :4] | top_s, m[:, :4] | top_m, tail], axis=1)
 
 
 FORMATS: dict[str, Format] = {

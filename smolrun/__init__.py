@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from smolrun.answer import Chunk, Completion, Timings
     from smolrun.api import LLM, load
     from smolrun.generate.sampler import Sampling
+    from smolrun.quantize import quantize_file
 
     __version__: str
 
@@ -51,6 +52,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "load",
+    "quantize_file",
 ]
 
 _LAZY = {
@@ -60,6 +62,7 @@ _LAZY = {
     "Sampling": "smolrun.generate.sampler",
     "Timings": "smolrun.answer",
     "load": "smolrun.api",
+    "quantize_file": "smolrun.quantize",
 }
 
 

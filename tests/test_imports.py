@@ -19,8 +19,8 @@ RANKS = [
     ["smolrun.api"],
     ["smolrun"],  # the door alone: smolrun/__init__.py
     ["smolrun.peer"],
-    ["smolrun.quantize", "smolrun.verify"],
-    ["smolrun.bench", "smolrun.doctor", "smolrun.train"],
+    ["smolrun.verify"],
+    ["smolrun.bench", "smolrun.doctor", "smolrun.quantize", "smolrun.train"],
     ["smolrun.cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from smolrun import peer, verify
+from smolrun.quantize import quantize_file
 
 pytestmark = [pytest.mark.real, pytest.mark.reference]
 
@@ -50,3 +51,10 @@ def test_exact_gives_the_exact_models_text(shipped: Path, folder: Path) -> None:
     report = verify.run(shipped, max_tokens=512, precision="exact")
     assert report.ok, report.failures
     assert report.greedy_ours == (64,)
+
+
+def test_llama_cpp_agrees_on_what_quantize_writes(shipped: Path, folder: Path) -> None:
+    path = quantize_file(shipped, folder / "ours.gguf", "q4_k_m").path
+    report = verify.run(path, max_tokens=512)
+    assert set(report.identity.values()) == {0}
+    assert report.ours.kl_mean <= RATIO_OF_A_WINDOW * report.peer.kl_mean <= 0.02

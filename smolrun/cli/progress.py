@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 _LONG_PROMPT = 1024  # shorter ones are read before a line about it could be
-_SAYS = {"compile": "compiling kernels (once)", "load": "loading", "read": "reading"}
+_SAYS = {
+    "compile": "compiling kernels (once)",
+    "load": "loading",
+    "read": "reading",
+    "calibrate": "calibrating, layer",
+    "quantize": "writing tensor",
+    "compare": "comparing, window",
+}
 
 
 def loading() -> dict[str, Any]:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MAX_ID = 1 << 20
 """Ids at or beyond this are refused: 20 times SmolLM2's vocabulary, so no hostile id asks for gigabytes."""
 
-_USER_DEFINED = 4  # llama.cpp's token type of an added token that is found in plain text too
+# llama.cpp's token types; user-defined: an added token that is found in plain text too
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def _gpt2() -> pre_tokenizers.PreTokenizer:
@@ -239,6 +240,35 @@ def require_unicode(text: str, name: str) -> None:
             f"{name}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start:,}, Unicode expected: "
             "decode the input as UTF-8 with errors='replace'"
         ) from None
+
+
+def gguf_vocabulary(source: TokenizerSource, vocab_size: int) -> dict[str, Any]:
+    """The lists of a GGUF file that hold this tokenizer; ids without a token up to vocab_size become unused ones.
+
+    Raises:
+        ModelFileError: a damaged vocabulary.
+        UnsupportedModel: a sound tokenizer of another kind, or one that GGUF has no words for.
+    """
+    if source.json is None:
+        tokens, kinds, merges = list(source.vocab), list(source.token_types), list(source.merges)
+    else:
+        facts = _read_json(source.json)
+        _expect("pre_tokenizer", facts["pre"], "smollm")
+        _expect("model.ignore_merges", facts["ignore_merges"], False)
+        tokens, kinds = [f"[PAD{i}]" for i in range(vocab_size)], [_UNUSED] * vocab_size
+        known = dict.fromkeys(facts["user_defined"], _USER_DEFINED) | dict.fromkeys(facts["specials"], _CONTROL)
+        for token, i in facts["vocab"].items():
+            if not 0 <= i < vocab_size:
+                raise ModelFileError(f"tokenizer.json: token {token!r} has id {i:,}, the model {vocab_size:,} ids")
+            tokens[i], kinds[i] = token, known.get(token, _NORMAL)
+        merges = [" ".join(pair) for pair in facts["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+    }
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
