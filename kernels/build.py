@@ -17,7 +17,7 @@ from .target import TIERS
 
 NAMES = """forward_f16 forward_f32 classify team_rouse team_run worker_loop
 matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
-read_STREAMS (measures bandwidth) rmsnorm swiglu rope quantise interleave (for tests alone)"""
+read_STREAMS peak_int8 peak_f32 (measure the machine) rmsnorm swiglu rope quantise interleave (for tests alone)"""
 
 
 def _function(name: str):  # type: ignore[no-untyped-def]
@@ -37,6 +37,8 @@ def _function(name: str):  # type: ignore[no-untyped-def]
         return matmul.make_row(rest), matmul.ROW
     if kind == "read":
         return pointwise.make_read(int(rest)), pointwise.READ
+    if kind == "peak":
+        return matmul.make_peak({"int8": 1, "f32": 0}[rest]), matmul.PEAK
     if name in ("team_rouse", "team_run", "worker_loop"):
         return getattr(team, name), i64(i64, i64, i64)
     arguments = {

@@ -45,11 +45,13 @@ from .simd import (
     emit_half_to_f32,
     emit_load_as_f32,
     get_f32,
+    i32x16,
     load,
     put_f32,
     splat,
     store,
     void,
+    vsum_i32,
     word,
 )
 from .target import RECORD_BYTES, token_tile
@@ -483,6 +485,51 @@ def _make_unpacked_matmul(name: str) -> Callable[..., None]:
             float_matmul(scratch, nb, 0, 1, x, n, y + g * ROWS * 4, y_stride, add, 0)
 
     return matmul
+
+
+PEAK = i64(i64, i64)  # address, steps
+PEAK_QUADS = 8  # as many as a block has
+PEAK_BYTES = 8192  # of activations and weights that peak() reads: less than any L1 cache
+
+
+def make_peak(terms: int) -> Callable[[int, int], int]:
+    """peak(address, steps): the inner loop of a prefill tile alone, all data in the L1 cache: what a core can multiply.
+
+    terms: 1 int8, 0 f32. A step is PEAK_QUADS x 4 columns of ROWS rows for token_tile(TIER, terms) tokens. The sum is
+    returned so that nothing is dropped.
+    """
+    tokens, lanes = token_tile(TIER, terms), V16I32 if terms else V16F32
+
+    def emit(b: ir.IRBuilder, address: Any, steps: Any) -> ir.Value:
+        acc = [cgutils.alloca_once(b, lanes) for _ in range(tokens)]
+        for a in acc:
+            b.store(const(lanes, 0), a)
+        with cgutils.for_range(b, steps, intp=I64) as loop:
+            turn = b.and_(loop.index, ir.Constant(I64, 3))
+            w = b.add(at(b, address, PEAK_BYTES // 2), b.mul(turn, ir.Constant(I64, PEAK_BYTES // 8)))
+            x = [at(b, address, 4 * 4 * PEAK_QUADS * t) for t in range(tokens)]
+            if terms:
+                dots = DOTS[TIER.dot](b, PANELS["Q4_0"], [b.load(a) for a in acc])
+                for j in range(PEAK_QUADS):
+                    dots.add(load(b, at(b, w, 64 * j), V64I8), [at(b, t, 4 * j) for t in x])
+                for t, a in enumerate(acc):
+                    b.store(dots.total(t), a)
+            else:
+                for j in range(4 * PEAK_QUADS):
+                    weights = load(b, at(b, w, 64 * (j % PEAK_QUADS)), V16F32)
+                    for t, a in zip(x, acc, strict=True):
+                        b.store(emit_fma(b, weights, broadcast_f32(b, at(b, t, 4 * j)), b.load(a)), a)
+        total = const(V16I32, 0)
+        for a in acc:
+            total = b.add(total, b.bitcast(b.load(a), V16I32))
+        return total
+
+    loop = word(i32x16, [i64, i64], emit)
+
+    def peak(address, steps):  # type: ignore[no-untyped-def]
+        return i64(vsum_i32(loop(address, steps)))
+
+    return peak
 
 
 ROW = void(i64, i64, i64, i64, i64)  # w, nb, row, out, scratch

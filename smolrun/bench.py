@@ -29,6 +29,7 @@ from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.generate.engine import CachedSequence, Model
 from smolrun.kernels import load, target
+from smolrun.kernels.panels import ROWS
 from smolrun.model.llama import Llama
 from smolrun.model.memory import Arena
 from smolrun.model.workers import available_cores
@@ -43,6 +44,9 @@ PROBE_BYTES = 1 << 30
 PROBE_STREAMS = (1, 2, 4, 8)
 PROBE_STEP = 512 * 8  # parts are whole numbers of what the widest kernel reads at once
 PROBE_PASSES = 5
+PROBE_L1 = 8192  # bytes a thread's peak kernel reads (matmul.PEAK_BYTES)
+PROBE_COLUMNS = 32  # of a step of it
+PROBE_STEPS = 500_000  # about 0.1 s
 COLD_RUNS = 3
 COLD_TOKENS = 128
 COLD_CONTEXT = 2048
@@ -341,6 +345,23 @@ def _feed(model: Model, seq: CachedSequence, ids: Sequence[int]) -> Any:
     return hidden
 
 
+def roofline(threads: int) -> dict[str, float]:
+    """What so many threads can do at best: bytes read and multiply-adds, int8 and f32, per second."""
+    return {"read": read_bandwidth(threads), "int8": peak(threads, "int8"), "f32": peak(threads, "f32")}
+
+
+def peak(threads: int, kind: str) -> float:
+    """Multiply-adds per second of a prefill tile's inner loop with all data in the L1 cache; kind: "int8" or "f32"."""
+    tier = target.choose()
+    kernel = f"peak_{kind}"
+    work = load.c_function(load.addresses(tier, [kernel])[kernel], 2, ctypes.c_int64)
+    memory = Arena({"probe": PROBE_L1 * threads})
+    memory.arrays["probe"].fill(0x3F)  # f32 0.75
+    start = memory.address("probe")
+    step = PROBE_COLUMNS * ROWS * target.token_tile(tier, int(kind == "int8"))
+    return _together(threads, lambda i: work(start + i * PROBE_L1, PROBE_STEPS), step * PROBE_STEPS)
+
+
 def read_bandwidth(threads: int) -> float:
     """Bytes per second that so many threads read at best, each its part of 1 GB in 1, 2, 4 or 8 parallel streams."""
     kernels = load.addresses(target.choose(), [f"read_{streams}" for streams in PROBE_STREAMS])
@@ -348,24 +369,29 @@ def read_bandwidth(threads: int) -> float:
     memory = Arena({"probe": part * threads})
     memory.arrays["probe"].fill(1)  # pages that were never written all lie on one page of zeros
     start = memory.address("probe")
+
+    def reading(address: int) -> Callable[[int], object]:
+        read = load.c_function(address, 3, ctypes.c_int64)
+        return lambda i: read(start + i * part, part, 1)
+
+    return max(_together(threads, reading(address), part) for address in kernels.values())
+
+
+def _together(threads: int, work: Callable[[int], object], amount: float) -> float:
+    """Units per second of so many threads that each do work(i), `amount` units, at once; the best of PROBE_PASSES."""
+    gate = threading.Barrier(threads)
+
+    def timed(i: int) -> tuple[float, float]:
+        gate.wait()
+        begin = time.perf_counter()
+        work(i)
+        return begin, time.perf_counter()
+
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
-        for address in kernels.values():
-            read = load.c_function(address, 3, ctypes.c_int64)
-            gate = threading.Barrier(threads)
-
-            def pass_over(
-                i: int, read: Callable[..., int] = read, gate: threading.Barrier = gate
-            ) -> tuple[float, float]:
-                gate.wait()
-                begin = time.perf_counter()
-                read(start + i * part, part, 1)
-                return begin, time.perf_counter()
-
-            for _ in range(PROBE_PASSES):
-                spans = list(pool.map(pass_over, range(threads)))
-                elapsed = max(end for _, end in spans) - min(begin for begin, _ in spans)
-                best = max(best, part * threads / elapsed)
+        for _ in range(PROBE_PASSES):
+            spans = list(pool.map(timed, range(threads)))
+            best = max(best, amount * threads / (max(end for _, end in spans) - min(begin for begin, _ in spans)))
     return best
 
 

@@ -1,10 +1,12 @@
-"""llama.cpp as a peer: the same file, the same ids, in a child process of its own.
+"""A runtime in a child process of its own, and llama.cpp as one: the same file, the same ids.
 
-    Peer(path, ...) --- one JSON line per request ---> python -m smolrun.peer --- llama-cpp-python (low-level C API)
-                    <-- one JSON line, then raw bytes of an array, if any ---
+    Runtime(command, ...) --- one JSON line per request ---> a child that calls serve(an object, a method per request)
+    Peer(path, ...)       <-- one JSON line, then raw bytes of an array, if any ---     here: llama-cpp-python's C API
 
-Not in our process: its OpenMP team would share our cores and its memory would count as ours. Between two requests the
-child waits in a read; its team stops spinning within milliseconds.
+Not in our process: its team would share our cores and its memory would count as ours. Between two requests the child
+waits in a read; llama.cpp's team stops spinning within milliseconds, and pause() stops one that does not.
+The children of the other peers are in benchmarks/adapters.py: this file imports nothing but NumPy, to run in any
+environment.
 """
 
 from __future__ import annotations
@@ -14,19 +16,22 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.errors import OptionError, SmolrunError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FTYPES = {
     "F32": 0,
@@ -37,6 +42,7 @@ FTYPES = {
     "Q5_0": 8,
     "Q5_1": 9,
     "Q4_K_M": 15,
+    "Q5_K_M": 17,
     "Q6_K": 18,
     "BF16": 32,
 }
@@ -46,7 +52,7 @@ LOG_ERROR = 4
 
 
 class PeerError(SmolrunError):
-    """llama.cpp refused a request or died; carries its own last words."""
+    """A child refused a request or died; carries its own last words."""
 
 
 def available() -> bool:
@@ -54,58 +60,49 @@ def available() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-class Peer:
-    """llama.cpp with one model open, in a child process.
+class Runtime:
+    """A runtime with one model open, in a child process.
 
     Args:
-        path: a GGUF file.
-        context: tokens its cache holds.
-        threads: of its team.
-        exact: f32 KV cache and plain attention, for the exact model (a file of F32 weights).
-        patient: its team sleeps at barriers instead of spinning: for answers, not for timings. With a busy neighbour
-            on two cores 32 tokens of the exact model took 1.2 s so, 30 s spinning.
+        command: starts the child.
+        name: of the runtime, for messages.
+        env: the child's environment; ours if None.
+        model: arguments of its request "open", whose reply tells `vocab_size`.
 
     Raises:
-        OptionError: llama-cpp-python is not installed.
-        PeerError: it cannot open the file.
+        PeerError: it cannot open the model.
     """
 
     def __init__(
-        self, path: Path, *, context: int = 2048, threads: int = 1, exact: bool = False, patient: bool = False
+        self, command: Sequence[str], *, name: str, env: Mapping[str, str] | None = None, **model: Any
     ) -> None:
-        self._child = _Child(patient)
+        self._child = Child(command, name=name, env=env)
         try:
-            reply = self._child.ask("open", path=str(path), context=context, threads=threads, exact=exact)
+            self.opened = self._child.ask("open", **model)
         except BaseException:
             self._child.close()
             raise
-        self.vocab_size = int(reply["vocab_size"])
+        self.vocab_size = int(self.opened["vocab_size"])
 
-    def __enter__(self) -> Peer:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Ends the child; safe to repeat."""
         self._child.close()
 
-    def threads(self, n: int) -> None:
-        """Sets the size of its team."""
-        self._child.ask("threads", threads=n)
+    def pause(self) -> None:
+        """Stops the child where it is, threads that spin too, until its next request (POSIX)."""
+        self._child.pause()
 
     def logits(self, ids: Sequence[int], *, one_by_one: bool = False) -> NDArray[np.float32]:
         """Logits of every position from an empty cache, in batches or one by one: float32 (len(ids), vocab_size)."""
         self._child.ask("logits", ids=list(ids), one_by_one=one_by_one)
         raw = self._child.read(len(ids) * self.vocab_size * 4)
         return np.frombuffer(raw, np.float32).reshape(len(ids), self.vocab_size)
-
-    def greedy(self, ids: Sequence[int], n: int) -> list[int]:
-        """The n most probable continuations, end-of-text ignored, lowest id on ties."""
-        return [int(i) for i in self._child.ask("greedy", ids=list(ids), n=n)["ids"]]
 
     def prefill(self, ids: Sequence[int], *, depth: Sequence[int] = ()) -> float:
         """Seconds for one pass over ids (logits of the last one) behind `depth` ids already in the cache."""
@@ -114,6 +111,52 @@ class Peer:
     def decode(self, ids: Sequence[int], *, depth: Sequence[int] = ()) -> float:
         """Seconds for ids one by one, logits of each, behind `depth` ids already in the cache."""
         return float(self._child.ask("decode", ids=list(ids), depth=list(depth))["seconds"])
+
+
+class Peer(Runtime):
+    """llama.cpp.
+
+    Args:
+        path: a GGUF file.
+        context: tokens its cache holds.
+        threads: of its team.
+        exact: f32 KV cache and plain attention, for the exact model (a file of F32 weights).
+        flash: flash attention; None leaves the choice to llama.cpp.
+        patient: its team sleeps at barriers instead of spinning: for answers, not for timings. With a busy neighbour
+            on two cores 32 tokens of the exact model took 1.2 s so, 30 s spinning.
+        python: the interpreter of the environment that llama-cpp-python is installed in; ours if None.
+
+    Raises:
+        OptionError: llama-cpp-python is not installed.
+        PeerError: it cannot open the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context: int = 2048,
+        threads: int = 1,
+        exact: bool = False,
+        flash: bool | None = None,
+        patient: bool = False,
+        python: str | None = None,
+    ) -> None:
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])} if python else {**os.environ}
+        super().__init__(
+            _llama_cpp(python),
+            name="llama.cpp",
+            env=env | ({"OMP_WAIT_POLICY": "passive"} if patient else {}),
+            path=str(path), context=context, threads=threads, exact=exact, flash=flash,
+        )  # fmt: skip
+
+    def threads(self, n: int) -> None:
+        """Sets the size of its team."""
+        self._child.ask("threads", threads=n)
+
+    def greedy(self, ids: Sequence[int], n: int) -> list[int]:
+        """The n most probable continuations, end-of-text ignored, lowest id on ties."""
+        return [int(i) for i in self._child.ask("greedy", ids=list(ids), n=n)["ids"]]
 
 
 def requantise(source: Path, target: Path, ftype: str, *, threads: int = 0) -> None:
@@ -131,32 +174,47 @@ def requantise(source: Path, target: Path, ftype: str, *, threads: int = 0) -> N
     """
     if ftype not in FTYPES:
         raise OptionError(f"ftype is {ftype!r}: choose one of {', '.join(FTYPES)}")
-    child = _Child()
+    child = Child(_llama_cpp(), name="llama.cpp")
     try:
         child.ask("requantise", source=str(source), target=str(target), ftype=FTYPES[ftype], threads=threads)
     finally:
         child.close()
 
 
-class _Child:
-    """The pipe to the child: ask() sends one request and returns its reply."""
+def _llama_cpp(python: str | None = None) -> list[str]:
+    """The command that starts llama.cpp as a child."""
+    if python is None and not available():
+        raise OptionError(
+            'llama.cpp is not installed here: pip install "smolrun[reference]" (compiles C++ for some minutes)'
+        )
+    return [python or sys.executable, "-m", "smolrun.peer"]
 
-    def __init__(self, patient: bool = True) -> None:
-        if not available():
-            raise OptionError(
-                'llama.cpp is not installed here: pip install "smolrun[reference]" (compiles C++ for some minutes)'
-            )
+
+class Child:
+    """The pipe to a child that runs serve(): ask() sends one request and returns its reply."""
+
+    def __init__(self, command: Sequence[str], *, name: str, env: Mapping[str, str] | None = None) -> None:
+        self._name = name
+        self._paused = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the child
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "smolrun.peer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"} if patient else None,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, env=env
         )
+
+    def pause(self) -> None:
+        """Stops every thread of the child until the next request; nothing where there are no such signals."""
+        if hasattr(signal, "SIGSTOP") and self._process.poll() is None:
+            self._process.send_signal(signal.SIGSTOP)
+            self._paused = True
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._process.send_signal(signal.SIGCONT)
+            self._paused = False
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
+        self._resume()
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             self._process.stdin.flush()
@@ -164,23 +222,24 @@ class _Child:
         except (BrokenPipeError, ValueError):  # ended before, or closed by us
             line = b""
         if not line:
-            raise PeerError(f"llama.cpp ended during {do!r}: {self._last_words()}")
+            raise PeerError(f"{self._name} ended during {do!r}: {self._last_words()}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise PeerError(f"llama.cpp, {do!r}: {reply['error']}; {self._last_words()}")
+            raise PeerError(f"{self._name}, {do!r}: {reply['error']}; {self._last_words()}")
         return reply
 
     def read(self, n: int) -> bytes:
         assert self._process.stdout
         raw = self._process.stdout.read(n)
         if len(raw) != n:
-            raise PeerError(f"llama.cpp ended while sending: {len(raw):,} of {n:,} bytes came; {self._last_words()}")
+            raise PeerError(f"{self._name} ended while sending: {len(raw):,} of {n:,} bytes came; {self._last_words()}")
         return raw
 
     def close(self) -> None:
         assert self._process.stdin and self._process.stdout
         if self._stderr.closed:
             return
+        self._resume()
         self._process.stdin.close()  # its read returns nothing: it leaves
         try:
             self._process.wait(timeout=10)
@@ -222,7 +281,9 @@ class _LlamaCpp:
             sys.stderr.write(text.decode(errors="replace"))
             sys.stderr.flush()
 
-    def open(self, path: str, context: int, threads: int, exact: bool) -> dict[str, Any]:
+    def open(
+        self, path: str, context: int, threads: int, exact: bool = False, flash: bool | None = None
+    ) -> dict[str, Any]:
         lib = self.lib
         self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         if not self.model:
@@ -232,12 +293,17 @@ class _LlamaCpp:
         params.n_threads = params.n_threads_batch = threads
         if exact:
             params.type_k = params.type_v = GGML_TYPE_F32
-            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            flash = False
+        if flash is not None:
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = lib.llama_init_from_model(self.model, params)
         if not self.context:
             raise ValueError(f"no context of {context} tokens for {path}")
         self.vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
         return {"vocab_size": self.vocab_size}
+
+    def forget(self) -> None:
+        self.cached.clear()
 
     def threads(self, threads: int) -> None:
         self.lib.llama_set_n_threads(self.context, threads, threads)
@@ -331,20 +397,24 @@ class _LlamaCpp:
             raise ValueError(f"llama_model_quantize returned {code} for {source}")
 
 
-def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Answers requests until there are no more: the child's main loop."""
-    peer = _LlamaCpp()
+def serve(answers: Any) -> None:
+    """A child's main loop: the requests on stdin, each answered by the method of its name, until there are no more.
+
+    A method returns None, a dict, or a float32 array. What a library prints goes to stderr: stdout carries replies.
+    """
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     for line in requests:
         request = json.loads(line)
         array: NDArray[np.float32] | None = None
         try:
-            result = getattr(peer, request.pop("do"))(**request)
+            result = getattr(answers, request.pop("do"))(**request)
             if isinstance(result, np.ndarray):
-                array, result = result, {}
+                array, result = np.ascontiguousarray(result, np.float32), {}
             reply = result or {}
-        except (ValueError, OSError) as problem:
-            peer.cached.clear()  # what is in the cache now is anybody's guess: start anew
-            reply = {"error": str(problem)}
+        except Exception as problem:
+            answers.forget()  # what is in the cache now is anybody's guess: start anew
+            reply = {"error": f"{type(problem).__name__}: {problem}"}
         replies.write(json.dumps(reply).encode() + b"\n")
         if array is not None:
             replies.write(array.data.cast("B"))
@@ -352,4 +422,4 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    serve(_LlamaCpp())
