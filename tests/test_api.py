@@ -574,7 +574,7 @@ def test_public_names():
     assert sorted(smolrun.__all__) == [
         "Chunk", "Completion", "ContextOverflow", "KernelError", "LLM", "ModelClosed", "ModelFileError",
         "ModelNotFound", "OptionError", "Sampling", "SmolrunError", "TemplateError", "Timings", "TokenizerError",
-        "UnsupportedModel", "__version__", "load",
+        "UnsupportedModel", "__version__", "load", "quantize_file",
     ]  # fmt: skip
     for name in smolrun.__all__:
         assert getattr(smolrun, name) is not None
