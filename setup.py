@@ -37,6 +37,6 @@ setup(
         "click>=8.1",
     ],
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
-    extras_require={"test": TEST, "reference": REFERENCE},
+    extras_require={"test": TEST, "reference": REFERENCE, "plot": ["matplotlib>=3.8"]},
     entry_points={"console_scripts": ["smolrun=smolrun.cli:main"]},
 )

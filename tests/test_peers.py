@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gate
 import hf_folder
 import peers
+import readme
 from gate import Verdict
 from peers import Contestant, Document, Key, Result, Unavailable, Workshop
 
@@ -105,6 +106,19 @@ def test_figures_and_the_table_name_everyone() -> None:
     assert "2.00x" in text and "1.25x" in text and "openvino q4_0" in text and "failed: no wheel" in text
     failed = {**ROW, "results": [{**ROW["results"][0], "samples": [], "failed": "KL"}, *ROW["results"][1:]]}
     assert peers.figures(failed)[0]["ratio"] is None and peers.table([failed])
+
+
+def test_readme_takes_the_fastest_setting_and_never_rounds_up() -> None:
+    slow = {"name": "llama.cpp q4_0 flash=off", "samples": [30.0], "check": {}, "failed": None, "share_of_peak": None}
+    row = {**ROW, "results": [*ROW["results"], slow]}
+    assert readme.best_of(row, "llama.cpp") is row["results"][1] and readme.best_of(row, "torch") is None
+    assert readme.others([row]) == ["openvino"]
+    llama, vino = readme.speed([row], ["llama.cpp", "openvino"]).splitlines()[2:]
+    assert llama == "| 135M Q4_0 | tg128 | llama.cpp | 100 ± 10% | 80% | 50 (80) | **2.00x** (1.25x) |"
+    assert "openvino q4_0" in vino and "failed: no wheel" in vino
+    assert readme.never_up(1.5999) == "1.59" and readme.median([3.0, 1.0, 2.0, 10.0]) == 2.5
+    ours = {**ROW["results"][0], "name": "smolrun fast kv=q8_0"}
+    assert "135M Q4_0 (fast kv=q8_0)" in readme.speed([{**row, "results": [ours, slow]}], ["llama.cpp"])
 
 
 # ---- the document ----------------------------------------------------------------------------------------------------
