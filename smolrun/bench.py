@@ -1,9 +1,10 @@
 """How fast: tokens per second, gigabytes per second, seconds to the first token, memory; beside llama.cpp if wanted.
 
 Tests have llama-bench's names and meaning: `pp512` is one prompt of 512 ids from an empty cache, `tg128` is 128 ids one
-by one, and `@ d4096` puts 4,096 ids into the cache first, untimed. A peer runs in a child process that sleeps during
-our turn; turns alternate, so a noisy minute hits both. Our median is held against its median and against its best.
-No row without a check: the hash of our logits, and their divergence from the peer's.
+by one, and `@ d4096` puts 4,096 ids into the cache first, untimed. `tg128 x8` is 128 ids of each of 8 sequences, an id
+of each in every pass; its tokens are those of all. A peer runs in a child process that sleeps during our turn; turns
+alternate, so a noisy minute hits both. Our median is held against its median and against its best. No row without a
+check: the hash of our logits, and their divergence from the peer's.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.generate.engine import CachedSequence, Model
 from smolrun.kernels import load, target
+from smolrun.kernels.block import PAGE
 from smolrun.kernels.panels import ROWS
 from smolrun.model.llama import Llama
-from smolrun.model.memory import Arena
+from smolrun.model.memory import SEGMENTS, Arena
 from smolrun.model.workers import available_cores
 from smolrun.peer import Peer
 from smolrun.text.tokenizer import Tokenizer
@@ -66,16 +68,18 @@ with smolrun.load(sys.argv[1], **json.loads(sys.argv[2])) as llm:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: pp or tg of `size` ids behind `depth` ids."""
+    """One measurement: pp or tg of `size` ids behind `depth` ids, of `batch` sequences at once."""
 
     kind: str
     size: int
     depth: int
+    batch: int = 1
 
     @property
     def name(self) -> str:
-        """llama-bench's name."""
-        return f"{self.kind}{self.size}" + (f" @ d{self.depth}" if self.depth else "")
+        """llama-bench's name; it has none for a batch."""
+        batch = f" x{self.batch}" if self.batch > 1 else ""
+        return f"{self.kind}{self.size}{batch}" + (f" @ d{self.depth}" if self.depth else "")
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Report:
         for f in (row.figures() for row in self.rows):
             line = f"{f['test']:>14}{f['threads']:>8}{f['tokens_per_s']:>11,.1f}{f['spread']:>7.1%}"
             line += f"{f['gb_per_s'] or '':>8}" + (f"{f['share_of_peak']:>9.0%}" if f["share_of_peak"] else " " * 9)
-            if self.peer:
+            if self.peer and f["ratio"] is not None:
                 line += f"{f['peer_tokens_per_s']:>13,.1f}{f['peer_best']:>10,.1f}"
                 line += f"{f['ratio']:>7.2f}x{f['ratio_to_best']:>8.2f}x"
             lines.append(line.rstrip())
@@ -191,6 +195,7 @@ def run(
     prompt_sizes: Sequence[int] = (512,),
     decode_sizes: Sequence[int] = (128,),
     depths: Sequence[int] = (0,),
+    batches: Sequence[int] = (1,),
     threads: Sequence[int] | None = None,
     repeats: int = 5,
     compare: str | None = None,
@@ -204,6 +209,7 @@ def run(
     Args:
         path: a GGUF file or a checkpoint folder.
         prompt_sizes, decode_sizes, depths: every pp and every tg is measured at every depth.
+        batches: every tg is measured with so many sequences; the peer's with one only.
         threads: thread counts; 1 and all cores if None.
         repeats: samples of each figure, after one that is thrown away.
         compare: "llama.cpp" (needs a GGUF file), or None.
@@ -214,11 +220,12 @@ def run(
         OptionError: a size, a depth or a peer that cannot be.
         SmolrunError: our logits and the peer's are of different models.
     """
-    kinds = [("pp", n) for n in prompt_sizes] + [("tg", n) for n in decode_sizes]
-    tests = [Case(kind, n, depth) for depth in depths for kind, n in kinds]
+    kinds = [("pp", n, 1) for n in prompt_sizes] + [("tg", n, batch) for n in decode_sizes for batch in batches]
+    tests = [Case(kind, n, depth, batch) for depth in depths for kind, n, batch in kinds]
     _check(path, tests, repeats, compare)
     teams = list(dict.fromkeys(threads or (1, available_cores())))
     context = max(test.size + test.depth for test in tests)
+    shared = [test.batch * -(-(test.size + test.depth) // PAGE) * PAGE for test in tests if test.batch > 1]
     rows: list[Row] = []
     hashes: dict[int, str] = {}
     kl: float | None = None
@@ -231,7 +238,7 @@ def run(
         check = tokenizer.encode(sample_text())[:CHECK_TOKENS]
         for n in teams:
             options: dict[str, Any] = {"threads": n, "quantize": quantize, "kv": kv, "precision": precision}
-            model = Llama(checkpoint, context=max(context, CHECK_TOKENS), **options)
+            model = Llama(checkpoint, context=max(context, CHECK_TOKENS, *shared), **options)
             peer = Peer(path, context=max(context, CHECK_TOKENS), threads=n) if compare else None
             try:
                 ours = logits_in_cuts(model, check, [model.chunk])
@@ -281,6 +288,8 @@ def _check(path: Path, tests: Sequence[Case], repeats: int, compare: str | None)
     for test in tests:
         if test.size < 1 or test.depth < 0:
             raise OptionError(f"{test.name}: sizes start at 1 and depths at 0")
+        if not 1 <= test.batch <= SEGMENTS:
+            raise OptionError(f"{test.name}: 1 to {SEGMENTS} sequences expected, not {test.batch}")
     if repeats < 1:
         raise OptionError(f"repeats is {repeats}: at least 1 expected")
     if compare not in (None, "llama.cpp"):
@@ -296,13 +305,13 @@ def prompt(vocab_size: int, n: int) -> list[int]:
 
 
 def bytes_per_token(checkpoint: Checkpoint, test: Case, kv: str) -> int:
-    """Bytes a decode step has to read: the weights (but an embedding that is not the classifier too) and the cache."""
+    """Bytes read for a decoded token: the cache and a share of the weights (but an embedding that is no classifier)."""
     config = checkpoint.config
     weights = checkpoint.bytes_total
     if not config.tied:
         weights -= checkpoint.tensors["token_embd.weight"].raw.nbytes
     positions = test.depth + (test.size + 1) / 2  # the mean over the run
-    return round(weights + positions * 2 * config.n_layers * config.kv_dim * {"f16": 2, "f32": 4}[kv])
+    return round(weights / test.batch + positions * 2 * config.n_layers * config.kv_dim * {"f16": 2, "f32": 4}[kv])
 
 
 def measure(
@@ -313,28 +322,34 @@ def measure(
     ours: list[float] = []
     others: list[float] = []
     for _ in range(repeats + 1):
-        ours.append(test.size / seconds(model, work, depth, one_by_one=test.kind == "tg"))
-        if peer is not None:
+        elapsed = seconds(model, work, depth, one_by_one=test.kind == "tg", batch=test.batch)
+        ours.append(test.batch * test.size / elapsed)
+        if peer is not None and test.batch == 1:
             timed = peer.decode if test.kind == "tg" else peer.prefill
             others.append(test.size / timed(work, depth=depth))
     return tuple(ours[1:]), tuple(others[1:])
 
 
-def seconds(model: Model, ids: Sequence[int], depth: Sequence[int], *, one_by_one: bool) -> float:
-    """Seconds for ids behind `depth` ids: logits of each (decode), or of the last (prefill)."""
-    seq = model.open([*depth, *ids])
+def seconds(model: Model, ids: Sequence[int], depth: Sequence[int], *, one_by_one: bool, batch: int = 1) -> float:
+    """Seconds for ids behind `depth` ids: logits of each (decode, of `batch` sequences at once), or of the last."""
+    whole = [*depth, *ids]
+    texts = [[*whole[i:], *whole[:i]] for i in range(batch)]  # nothing in common
+    seqs: list[CachedSequence] = []
     try:
-        seq.truncate(min(seq.length, len(depth)))
-        _feed(model, seq, depth[seq.length :])
+        for text in texts:
+            seqs.append(seq := model.open(text))
+            seq.truncate(min(seq.length, len(depth)))
+            _feed(model, seq, text[seq.length : len(depth)])
         begin = time.perf_counter()
         if one_by_one:
-            for token in ids:
-                model.logits(model.hidden(seq, [token]))
+            for at in range(len(depth), len(whole)):
+                model.logits(model.step([(seq, [text[at]]) for seq, text in zip(seqs, texts, strict=True)]))
         else:
-            model.logits(_feed(model, seq, ids)[-1:])
+            model.logits(_feed(model, seqs[0], ids)[-1:])
         return time.perf_counter() - begin
     finally:
-        seq.close()
+        for seq in seqs:
+            seq.close()
 
 
 def _feed(model: Model, seq: CachedSequence, ids: Sequence[int]) -> Any:

@@ -51,6 +51,7 @@ class Chunk:
     finish_reason: str | None = None
     timings: Any = None
     seed: int | None = None
+    error: Exception | None = None
 
 
 def last(reason: str) -> Chunk:

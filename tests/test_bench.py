@@ -36,6 +36,7 @@ REPORT = Report(
 
 def test_names_are_llama_benchs() -> None:
     assert Case("pp", 512, 0).name == "pp512" and Case("tg", 128, 4096).name == "tg128 @ d4096"
+    assert Case("tg", 128, 0, 8).name == "tg128 x8"
 
 
 def test_figures_of_a_row() -> None:
@@ -91,6 +92,9 @@ class Recorder:
         self.length = seq.length
         return np.zeros((len(ids), 4), np.float32)
 
+    def step(self, work: Sequence[tuple[Any, Sequence[int]]]) -> Any:
+        return np.concatenate([self.hidden(seq, ids) for seq, ids in work])
+
     def logits(self, hidden: Any) -> Any:
         self.log.append(("logits", len(hidden)))
         return hidden
@@ -123,6 +127,15 @@ def test_decode_is_one_by_one_behind_a_depth_that_is_kept() -> None:
     assert model.log == [(0, list(range(8))), (8, [8, 9]), *turn, *turn]
 
 
+def test_a_batch_decodes_an_id_of_each_in_every_pass() -> None:
+    model = Recorder()
+    bench.seconds(model, [7, 8], [5], one_by_one=True, batch=2)  # type: ignore[arg-type]
+    assert model.log == [(0, [5]), (1, [7]), (1, [8]), ("logits", 2), (2, [8]), (2, [5]), ("logits", 2)]
+    model.length = 0
+    ours, others = bench.measure(model, model, Case("tg", 2, 0, 3), range(10), 1)  # type: ignore[arg-type]
+    assert len(ours) == 1 and others == ()
+
+
 def test_turns_alternate_and_the_first_round_is_thrown_away() -> None:
     both = Recorder()
     ours, others = bench.measure(both, both, Case("tg", 2, 3), range(10), 3)  # type: ignore[arg-type]
@@ -145,6 +158,7 @@ def test_bytes_read_for_a_token(tmp_path: Path, tied: bool) -> None:
         read = sum(t.raw.nbytes for name, t in checkpoint.tensors.items() if tied or name != "token_embd.weight")
         cache = (100 + 5 / 2) * 2 * 2 * 64 * 2  # positions, K and V, layers, one head of 64, f16
         assert bench.bytes_per_token(checkpoint, Case("tg", 4, 100), "f16") == read + cache
+        assert bench.bytes_per_token(checkpoint, Case("tg", 4, 100, 8), "f16") == round(read / 8 + cache)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +167,7 @@ def test_bytes_read_for_a_token(tmp_path: Path, tied: bool) -> None:
         ({"prompt_sizes": (), "decode_sizes": ()}, "nothing to measure"),
         ({"decode_sizes": (0,)}, "tg0"),
         ({"depths": (-1,)}, "depths at 0"),
+        ({"batches": (33,)}, "tg128 x33: 1 to 32"),
         ({"repeats": 0}, "repeats is 0"),
         ({"compare": "vllm"}, "'vllm'"),
         ({"compare": "llama.cpp"}, "only GGUF"),
@@ -177,10 +192,11 @@ def test_a_whole_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench, "COLD_RUNS", 1)
     path = make_tiny(tmp_path, fmt="Q4_0").gguf
     options: dict[str, Any] = {"prompt_sizes": (32,), "decode_sizes": (8,), "depths": (0, 64), "threads": (1, 2)}
+    options["batches"] = (1, 3)
     report = bench.run(path, **options, repeats=1, compare="llama.cpp")
-    names = ["pp32", "tg8", "pp32 @ d64", "tg8 @ d64"]
+    names = ["pp32", "tg8", "tg8 x3", "pp32 @ d64", "tg8 @ d64", "tg8 x3 @ d64"]
     assert [(row.test, row.threads) for row in report.rows] == [(name, n) for n in (1, 2) for name in names]
-    assert all(len(row.samples) == len(row.peer) == 1 for row in report.rows)
+    assert all(len(row.samples) == 1 and len(row.peer) == ("x3" not in row.test) for row in report.rows)
     assert report.peer_kl is not None and 0 < report.peer_kl < bench.CHECK_KL
     assert len(report.logits_hash) == 16 and report.first_token > 0
     assert report.bandwidth.keys() == {1, 2} and min(report.bandwidth.values()) > 0

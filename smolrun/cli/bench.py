@@ -22,6 +22,9 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tu
 @click.option("-p", "--prompt-sizes", callback=_numbers, metavar="N,N", help="Prompts to prefill (pp512).")
 @click.option("-n", "--decode-sizes", callback=_numbers, metavar="N,N", help="Answers to decode (tg128).")
 @click.option("-d", "--depths", callback=_numbers, metavar="N,N", help="Tokens already in the context (@ d4096).")
+@click.option(
+    "-b", "--batch", "batches", callback=_numbers, metavar="N,N", help="Sequences decoded at once (tg128 x8)."
+)
 @click.option("-t", "--threads", callback=_numbers, metavar="N,N", help="Thread counts.")
 @click.option("-r", "--repeats", type=int, metavar="N", help="Samples of each figure.")
 @click.option("--compare", type=click.Choice(["llama.cpp"]), help="Measure this on the same file in turns.")
