@@ -1,25 +1,30 @@
 """SmolLM2-360M and 1.7B in their true shapes with seeded random weights: what a model costs does not depend on what it
 says.
 
-    python benchmarks/shapes.py 1.7b q4_0 big.gguf && smolrun bench big.gguf --compare llama.cpp
+    python benchmarks/shapes.py 1.7b q4_k_m big.gguf && smolrun bench big.gguf --compare llama.cpp
 
-The vocabulary is taken from an installed model, so both runtimes open the file. Matrices repeat one quantised pool of
-rows from different offsets: quantising 1.7 billion numbers would take minutes and change nothing.
+The vocabulary is taken from an installed model, so both runtimes open the file. Matrices repeat one pool of rows from
+different offsets, quantised, or random bits where nobody here quantises: 1.7 billion numbers would take minutes and
+change nothing. Mixtures are llama.cpp's, but for its exceptions in the first layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import naive
 from smolrun.config import ModelConfig
 from smolrun.files.checkpoint import expected_shapes
 from smolrun.files.gguf import WriteTensor, read_gguf, write_gguf
 from smolrun.files.sources import resolve
-from smolrun.kernels.formats import FORMATS, quantize_ref
+from smolrun.kernels.formats import FORMATS
 
 # layers, dim, hidden_dim, heads, KV heads, rope theta (the models' cards)
 SHAPES = {
@@ -28,12 +33,33 @@ SHAPES = {
     "1.7b": (24, 2048, 8192, 32, 32, 130_000.0),
 }
 POOL_ROWS = 2048
+# name -> format of most matrices, of some, and whether those are so in every layer or in the outer ones and each third
+MIXTURES = {
+    "q2_k": ("Q2_K", {"attn_v": "Q3_K", "attn_output": "Q3_K", "ffn_down": "Q3_K"}, True),
+    "q3_k_m": ("Q3_K", {"attn_v": "Q4_K", "attn_output": "Q4_K", "ffn_down": "Q4_K"}, True),
+    "q4_k_m": ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K"}, False),
+    "q5_k_m": ("Q5_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K"}, False),
+}
+# where 256 does not divide the columns
+FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+PLAIN = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k", "iq4_nl", "iq4_xs")
+
+
+def format_of(name: str, cols: int, layers: int, fmt: str) -> str:
+    """Format of a tensor in a file of kind `fmt`; embeddings of files below 6 bits are Q6_K."""
+    most, some, everywhere = MIXTURES.get(fmt, (fmt.upper(), {}, True))
+    kind = most
+    if name.startswith("token_embd"):
+        kind = "Q6_K" if FORMATS[most].bits_per_weight < FORMATS["Q6_K"].bits_per_weight else most
+    elif (part := name.split(".")[2]) in some:
+        layer, outer = int(name.split(".")[1]), layers // 8
+        if everywhere or not outer <= layer < 7 * layers // 8 or (layer - outer) % 3 == 2:
+            kind = some[part]
+    return FALLBACK[kind] if cols % FORMATS[kind].block else kind
 
 
 def write(size: str, fmt: str, path: Path, seed: int = 0) -> None:
-    """Write the model; the embedding is Q6_K, or Q8_0 where 256 does not divide its width, for 4-bit files as llama.cpp
-    does.
-    """
+    """Write the model."""
     layers, dim, hidden, heads, kv_heads, theta = SHAPES[size]
     source = read_gguf(resolve(None, offline=True))
     metadata: dict[str, Any] = {k: v for k, v in source.metadata.items() if k.startswith("tokenizer.")}
@@ -57,12 +83,9 @@ def write(size: str, fmt: str, path: Path, seed: int = 0) -> None:
     pools: dict[tuple[str, int], np.ndarray] = {}
 
     def matrix(name: str, rows: int, cols: int) -> WriteTensor:
-        embedding = name.startswith("token_embd") and fmt.startswith("q4")
-        kind = ("Q8_0" if cols % 256 else "Q6_K") if embedding else fmt.upper()
+        kind = format_of(name, cols, layers, fmt)
         if (kind, cols) not in pools:
-            values = rng.standard_normal((POOL_ROWS, cols), np.float32) / np.sqrt(np.float32(cols))
-            blocks = np.ascontiguousarray(quantize_ref(FORMATS[kind], values))
-            pools[kind, cols] = blocks.view(np.uint8).reshape(POOL_ROWS, -1)
+            pools[kind, cols] = naive.blocks(kind, POOL_ROWS, cols, seed, cols**-0.5)
         order = rng.integers(0, POOL_ROWS, rows)
         return WriteTensor(name, kind, (rows, cols), lambda: pools[kind, cols][order])
 
@@ -78,7 +101,7 @@ def write(size: str, fmt: str, path: Path, seed: int = 0) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SHAPES)
-    parser.add_argument("format", choices=["f16", "bf16", "q8_0", "q4_0", "q4_1", "q6_k"])
+    parser.add_argument("format", choices=[*PLAIN, *MIXTURES])
     parser.add_argument("path", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
