@@ -1,8 +1,8 @@
-"""The compiling child: `python -m smolrun.kernels.build TIER NAME ...` writes each object to stdout as it is done.
+"""The compiling child: `python -m smolrun.kernels.build KIND TIER NAME ...` writes code to stdout as it is done.
 
-A process per tier, because LLVM's target is fixed at Numba's first compile; a child, because then the run-time never
-imports Numba (0.5 s and 90 MB) and a forced or foreign tier is the same road as the host's. Frames on stdout: one JSON
-line, then the bytes.
+KIND is "image" (a file of image.py), "object" (ELF) or "assembly" (text). A process per tier, because LLVM's target is
+fixed at Numba's first compile; a child, because then the run-time never imports Numba (0.5 s and 90 MB) and a forced or
+foreign tier is the same road as the host's. Frames on stdout: one JSON line, then the bytes.
 """
 
 from __future__ import annotations
@@ -54,29 +54,26 @@ def _function(name: str):  # type: ignore[no-untyped-def]
     raise ValueError(f"no kernel {name!r}; there are {NAMES}")
 
 
-def main(tier: str, names: Iterable[str], emit: str = "object") -> None:
-    """Compile entry points for a tier.
-
-    emit: "object" for relocatable code, "assembly" for its text.
-    """
+def main(kind: str, tier: str, names: Iterable[str]) -> None:
+    """Compile entry points for a tier."""
     target = TIERS[tier]
     os.environ.update(SMOLRUN_BUILD_TIER=tier, NUMBA_CPU_NAME=target.cpu, NUMBA_CPU_FEATURES=target.features)
     # Numba's own optimiser would run on every function before it is linked: ours runs once, on the whole (jit.py)
     os.environ.update(NUMBA_DISABLE_JIT="0", NUMBA_OPT="0", NUMBA_DEBUGINFO="0")
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing but frames goes to stdout
+    from .image import link, seal
     from .jit import compile_c
+    from .load import image_key
 
     for name in names:
         began = time.perf_counter()
-        code = compile_c(name, *_function(name), emit)
+        code = compile_c(name, *_function(name), "assembly" if kind == "assembly" else "object")
+        code = seal(*link(code), image_key(target)) if kind == "image" else code
         frame = {"name": name, "bytes": len(code), "seconds": round(time.perf_counter() - began, 3)}
         out.write(json.dumps(frame).encode() + b"\n" + code)
         out.flush()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--assembly":
-        main(sys.argv[2], sys.argv[3:], "assembly")
-    else:
-        main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

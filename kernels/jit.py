@@ -1,12 +1,12 @@
 """The one decorator of the kernels, and the way from a function to an object.
 
-Imported by the compiling child process only (build.py): the run-time links the objects it makes and never imports
-Numba.
+Imported by the compiling child process only (build.py): the run-time maps the images it makes and never imports Numba.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +26,20 @@ FLAGS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
 kernel = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **FLAGS)
 
 
+def _triple(system: str = sys.platform) -> str:
+    """What to compile for: always ELF, which image.py reads, with the system's calling convention.
+
+    Kernels take integers, addresses and floats in registers and call nothing, so all systems but Windows on x86 agree.
+    """
+    machine = llvm.get_process_triple().split("-")[0].replace("arm64", "aarch64")
+    return f"{machine}-pc-windows-msvc-elf" if (system, machine) == ("win32", "x86_64") else f"{machine}-unknown-linux"
+
+
 def compile_c(name: str, function: Callable[..., Any], signature: Any, emit: str = "object") -> bytes:
     """Code of a function under the C symbol `name`; emit: "object" or "assembly".
 
     Numba's own C wrapper reports exceptions through the Python API; ours is five lines of IR and needs nothing.
-    Position independent code of the small model, so that the same object may be linked into a shared library.
+    Position independent code of the small model: image.py makes the same bytes run anywhere.
     """
     dispatcher = kernel(function)
     dispatcher.compile(signature.args)
@@ -55,9 +64,13 @@ define {value} @{name}({params}) {{
     for g in module.global_variables:
         if not g.is_declaration:
             g.linkage = "internal"
+    module.triple = _triple()
+    # macOS and Windows keep AArch64's register 18 to themselves
+    features = TIER.features + ("" if TIER.cpu.startswith("x86") else ",+reserve-x18")
     machine = llvm.Target.from_triple(module.triple).create_target_machine(
-        cpu=TIER.cpu, features=TIER.features, opt=3, reloc="pic", codemodel="small"
+        cpu=TIER.cpu, features=features, opt=3, reloc="pic", codemodel="small"
     )
+    module.data_layout = str(machine.target_data)
     tuning = llvm.create_pipeline_tuning_options(3)
     builder = llvm.create_pass_builder(machine, tuning)
     passes = builder.getModulePassManager()

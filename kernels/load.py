@@ -1,10 +1,10 @@
-"""Compiled kernels for the run-time: from the cache, or from a compiling child, linked into this process without Numba.
+"""Compiled kernels for the run-time: from the cache, or from a compiling child, mapped without Numba or LLVM.
 
-    names -> cached objects (checked) -> missing ones: child process `build.py` -> cache -> linked by LLVM -> addresses
+    names -> cached images (image.py checks them) -> missing ones: child process `build.py` -> cache -> addresses
 
-A cached object is `sha256 of the rest (32 B) | relocatable object`, in a folder whose name is a hash of all that shaped
-it: the sources of this package, the versions of LLVM's and Numba's packages, the tier. Nothing is ever invalidated,
-only not found.
+The cache is a folder whose name is a hash of all that shaped the images (the sources of this package, the versions of
+LLVM's and Numba's packages) and the tier. Nothing is ever invalidated, only not found. One process compiles at a time;
+the others see its images appear.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import stat
-import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from .image import Code, ImageError
 from .target import Tier
 
 Progress = Callable[[int, int, str], None]
@@ -43,32 +43,33 @@ _CHILD = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from smolrun.kernels.build import main
-main(sys.argv[2], map(str.strip, sys.stdin))
+main("image", sys.argv[2], map(str.strip, sys.stdin))
 """
 COMPILERS = 2  # 200 MB each; the forward pass is half of the work, so a third would wait for it
+POLL_SECONDS = 0.1  # between two looks at what another process compiles
 
 
 class BuildError(RuntimeError):
-    """The compiling child failed."""
+    """The compiling child failed, or what it made cannot be executed here."""
 
 
 @functools.cache
 def fingerprint() -> str:
     """Hash of the kernels' sources and of their compiler."""
-    import importlib.util
-
-    import llvmlite
-
-    digest = hashlib.sha256(llvmlite.__version__.encode())
-    spec = importlib.util.find_spec("numba")  # found, not imported; its version file stands for it
-    if spec is not None and spec.origin is not None:
-        digest.update((Path(spec.origin).parent / "_version.py").read_bytes())
+    digest = hashlib.sha256()
+    for package in ("llvmlite", "numba"):  # found, not imported: the version file stands for each
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            digest.update((Path(spec.origin).parent / "_version.py").read_bytes())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _user_cache() -> Path:
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def user_cache() -> Path:
     """Where this system keeps a user's caches; SMOLRUN_CACHE_DIR overrides."""
     if chosen := os.environ.get("SMOLRUN_CACHE_DIR"):
         return Path(chosen)
@@ -81,6 +82,8 @@ def _user_cache() -> Path:
 
 def _private_temporary() -> Path:
     """A folder in the temporary directory that only this user can write: it holds code that will run."""
+    import tempfile
+
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
     folder = Path(tempfile.gettempdir()) / f"smolrun-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -92,66 +95,96 @@ def _private_temporary() -> Path:
     return folder
 
 
-def cache_folders(tier: Tier) -> list[Path]:
-    """Folders to read objects from and, the first that can be written, to write them to."""
-    name = f"{fingerprint()}-{tier.name}"
-    folders = []
-    for base in (_user_cache, _private_temporary):
+def image_key(tier: Tier) -> str:
+    """All that decides what an entry point compiles to."""
+    return f"{fingerprint()}-{tier.name}"
+
+
+def cache_folders(tier: Tier) -> Iterator[Path]:
+    """Folders to read images from and, the first that can be written, to write them to."""
+    for base in (user_cache, _private_temporary):
         try:
-            folders.append(base() / "kernels" / name)
+            yield base() / "kernels" / image_key(tier)
         except (OSError, RuntimeError):  # no home, or a temporary folder that is not ours alone
             continue
-    return folders
 
 
-def _read(folders: list[Path], name: str) -> bytes | None:
-    for folder in folders:
-        try:
-            content = (folder / f"{name}.o").read_bytes()
-        except OSError:
-            continue
-        if len(content) > 32 and hashlib.sha256(content[32:]).digest() == content[:32]:
-            return content[32:]
-    return None
+def _write(tier: Tier, name: str, content: bytes) -> Path | None:
+    """The image's file in the first folder that can be written; None: it lives in memory alone."""
+    import tempfile
 
-
-def _write(folders: list[Path], name: str, code: bytes) -> None:
-    for folder in folders:
+    for folder in cache_folders(tier):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle, part = tempfile.mkstemp(dir=folder)
         except OSError:
-            continue  # read-only: the next folder, or none; the object is in memory anyway
+            continue  # read-only
         try:
             with open(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, folder / f"{name}.o")
-            return
+            os.replace(part, folder / f"{name}.img")
+            return folder / f"{name}.img"
         except OSError:  # a full disk
             os.unlink(part)
+    return None
 
 
-def compile_objects(tier: Tier, names: list[str], progress: Progress | None = None) -> dict[str, bytes]:
+@contextlib.contextmanager
+def _alone(tier: Tier, waiting: Callable[[], bool]) -> Iterator[None]:
+    """Holds the lock of a tier's folder; where no lock can be had, two processes may compile the same.
+
+    waiting: called while another process holds it; False: enough, go on without. A lock ends with its process.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in cache_folders(tier):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(folder / "lock", "ab"))
+                while not _locked(file) and waiting():
+                    threading.Event().wait(POLL_SECONDS)
+                break
+            except OSError:  # read-only, or a file system without locks
+                continue
+        yield
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed; False while another process does."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_images(tier: Tier, names: list[str], done: Callable[[str, bytes], None]) -> None:
     """Compile entry points in child processes, COMPILERS at a time; a child that is done with one is given the next.
+
+    done: called with (name, content of the image's file), by several threads.
 
     Raises:
         BuildError: a child could not be started or failed; its last words are in the message.
     """
     if not sys.executable:
         raise BuildError("kernels must be compiled and sys.executable names no Python to do it with")
-    waiting, objects, errors = list(names), dict[str, bytes](), list[BuildError]()
-
-    def done(name: str, code: bytes) -> None:
-        objects[name] = code
-        if progress:
-            progress(len(objects), len(names), name)
+    waiting, errors = list(names), list[Exception]()
 
     def serve() -> None:
         try:
             _compile(tier, waiting, done)
-        except BuildError as error:
+        except (BuildError, MemoryError) as error:
             waiting.clear()
             errors.append(error)
 
@@ -163,11 +196,12 @@ def compile_objects(tier: Tier, names: list[str], progress: Progress | None = No
         helper.join()
     if errors:
         raise errors[0]
-    return objects
 
 
 def _compile(tier: Tier, waiting: list[str], done: Callable[[str, bytes], None]) -> None:
     """One child; takes names from the front of `waiting` until none is left."""
+    import subprocess
+
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
     command = [sys.executable, "-c", _CHILD, json.dumps([p for p in sys.path if p]), tier.name]
     with _scratch() as errors:
@@ -203,37 +237,71 @@ def _compile(tier: Tier, waiting: list[str], done: Callable[[str, bytes], None])
 
 
 def _scratch() -> IO[bytes]:
-    """A file for the child's last words; where nothing can be written they are lost, the objects are not."""
+    """A file for the child's last words; where nothing can be written they are lost, the images are not."""
+    import tempfile
+
     try:
         return tempfile.TemporaryFile()
     except OSError:
         return open(os.devnull, "r+b")
 
 
-class _Linked:
-    """Objects of one tier in this process."""
+# ---- addresses -------------------------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        self.engines: list[Any] = []
+
+class _Loaded:
+    """Images of one tier in this process."""
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
         self.addresses: dict[str, int] = {}
+        self._code: list[Code] = []
 
-    def add(self, objects: dict[str, bytes]) -> None:
-        import llvmlite.binding as llvm
+    def add(self, source: Path | bytes) -> None:
+        code = Code(source, image_key(self.tier))
+        self._code.append(code)
+        self.addresses.update(code.addresses)
 
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_default_triple().create_target_machine()
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        for code in objects.values():
-            engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-        self.engines.append(engine)  # it owns the code
-        self.addresses.update({name: engine.get_function_address(name) for name in objects})
+    def find(self, names: Iterable[str]) -> list[str]:
+        """Take what the cache holds; the names that it does not. A damaged file is as good as none."""
+        missing = [n for n in names if n not in self.addresses]
+        for folder in cache_folders(self.tier) if missing else ():
+            for name in missing:
+                with contextlib.suppress(OSError, ImageError):
+                    self.add(folder / f"{name}.img")
+            if not (missing := [n for n in missing if n not in self.addresses]):
+                with contextlib.suppress(OSError):
+                    os.utime(folder)  # the last use
+                break
+        return missing
+
+    def compile(self, names: list[str], progress: Progress | None) -> None:
+        """Have the names compiled, here or by the process that is at it."""
+        mutex, total = threading.Lock(), len(names)
+
+        def report(name: str, left: int) -> None:
+            if progress:
+                progress(total - left, total, name)
+
+        def waiting() -> bool:
+            missing = self.find(names)
+            report("", len(missing))
+            return bool(missing)
+
+        def done(name: str, content: bytes) -> None:
+            path = _write(self.tier, name, content)
+            with mutex:
+                self.add(path or content)
+                report(name, sum(n not in self.addresses for n in names))
+
+        with _alone(self.tier, waiting):
+            if missing := self.find(names):
+                compile_images(self.tier, missing, done)
 
 
 @functools.cache
-def _linked(tier: str) -> _Linked:
-    return _Linked()
+def _loaded(tier: Tier) -> _Loaded:
+    return _Loaded(tier)
 
 
 def addresses(tier: Tier, names: Iterable[str], progress: Progress | None = None) -> dict[str, int]:
@@ -242,26 +310,21 @@ def addresses(tier: Tier, names: Iterable[str], progress: Progress | None = None
     Args:
         tier: must be one that this CPU runs.
         names: entry points, see build.NAMES.
-        progress: called with (done, to compile, name) for each one that is compiled.
+        progress: called with (done, to compile, name) for each one that is compiled, and again and again with the name
+            "" while another process compiles.
 
     Raises:
-        BuildError: compilation failed.
+        BuildError: compilation failed, or the system executes neither files nor memory of ours.
     """
     wanted = list(dict.fromkeys(names))
     with _LOCK:
-        linked = _linked(tier.name)
-        absent = [n for n in wanted if n not in linked.addresses]
-        if absent:
-            folders = cache_folders(tier)
-            objects = {n: code for n in absent if (code := _read(folders, n)) is not None}
-            missing = [n for n in absent if n not in objects]
-            if missing:
-                made = compile_objects(tier, missing, progress)
-                for name, code in made.items():
-                    _write(folders, name, code)
-                objects.update(made)
-            linked.add(objects)
-        return {n: linked.addresses[n] for n in wanted}
+        loaded = _loaded(tier)
+        try:
+            if missing := loaded.find(wanted):
+                loaded.compile(missing, progress)
+        except MemoryError as error:
+            raise BuildError(str(error)) from error
+        return {n: loaded.addresses[n] for n in wanted}
 
 
 def c_function(address: int, arguments: int, result: Any = None) -> Callable[..., Any]:

@@ -95,8 +95,42 @@ def call_llvm(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
 
 
 def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-    """x * y + z, one rounding."""
-    return call_llvm(b, "fma", x, y, z)
+    """x * y + z of f32, one rounding.
+
+    Where the CPU has none, LLVM would call libm lane by lane. There: in f64 the product is exact; the sum is rounded to
+    odd (if it is inexact, the neighbour with the odd mantissa), and from that, f32's 29 bits away, a second rounding
+    is as good as one (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    if TIER.fma:
+        return call_llvm(b, "fma", x, y, z)
+    many = isinstance(x.type, ir.VectorType)
+    f64, i64 = (ir.VectorType(t, x.type.count) if many else t for t in (F64, I64))
+
+    def constant(kind: ir.Type, value: float | int) -> ir.Constant:
+        return const(kind, value) if many else ir.Constant(kind, value)
+
+    product, z = b.fmul(b.fpext(x, f64), b.fpext(y, f64)), b.fpext(z, f64)
+    total = b.fadd(product, z)
+    added = b.fsub(total, product)
+    error = b.fadd(b.fsub(product, b.fsub(total, added)), b.fsub(z, added))  # exact (Knuth's two-sum)
+    bits = b.bitcast(total, i64)
+    even = b.icmp_unsigned("==", b.and_(bits, constant(i64, 1)), constant(i64, 0))
+    inexact = b.fcmp_ordered("!=", error, constant(f64, 0.0))  # not so for infinities and NaNs
+    outwards = b.icmp_signed(">=", b.xor(bits, b.bitcast(error, i64)), constant(i64, 0))  # of one sign
+    odd = b.add(bits, b.select(outwards, constant(i64, 1), constant(i64, -1)))
+    return b.fptrunc(b.bitcast(b.select(b.and_(even, inexact), odd, bits), f64), x.type)
+
+
+def emit_rint(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """f32x16 to the nearest integer, ties to even.
+
+    Where the CPU cannot (before SSE4.1), LLVM would call libm: there the unit of 2^23 is 1, so adding it rounds.
+    """
+    if TIER.fma:
+        return call_llvm(b, "rint", x)
+    big = call_llvm(b, "copysign", const(V16F32, 2.0**23), x)
+    rounded = call_llvm(b, "copysign", b.fsub(b.fadd(x, big), big), x)
+    return b.select(b.fcmp_ordered("<", call_llvm(b, "fabs", x), const(V16F32, 2.0**23)), rounded, x)
 
 
 def emit_half_to_f32(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
@@ -190,7 +224,7 @@ vstore_i8 = word(void, [i64, i32x16], lambda b, p, v: store(b, p, b.trunc(v, ir.
 vsplat = word(f32x16, [f32], splat)
 vfma = word(f32x16, [f32x16, f32x16, f32x16], emit_fma)
 vabs = word(f32x16, [f32x16], lambda b, v: call_llvm(b, "fabs", v))
-vrint = word(f32x16, [f32x16], lambda b, v: call_llvm(b, "rint", v))
+vrint = word(f32x16, [f32x16], emit_rint)
 vto_i32 = word(i32x16, [f32x16], lambda b, v: b.fptosi(v, V16I32))
 sqrt = word(f32, [f32], lambda b, v: call_llvm(b, "sqrt", v))
 fma = word(f32, [f32, f32, f32], emit_fma)

@@ -1,4 +1,4 @@
-"""Which instructions the kernels may use: a tier is a named LLVM target, chosen from the very features LLVM reports.
+"""Which instructions the kernels may use: a tier is a named LLVM target, chosen from the features of the CPU at hand.
 
     avx512vnni   x86-64-v4 + AVX512-VNNI   vpdpbusd zmm        Ice Lake, Zen 4 and later
     avx512       x86-64-v4                 vpmaddubsw zmm      Skylake-X
@@ -47,6 +47,11 @@ class Tier:
     row_lanes: int
 
     @property
+    def fma(self) -> bool:
+        """Fused multiply-add and rounding in hardware; where not, simd.py has its own and libm is not called."""
+        return "fma" in self.needs or not self.cpu.startswith("x86")
+
+    @property
     def features(self) -> str:
         """The feature string for LLVM."""
         return ",".join("+" + f for f in self.needs)
@@ -72,15 +77,41 @@ TIERS: dict[str, Tier] = {  # best first
 }
 
 
+# Linux's names of LLVM's x86 features, where they differ. It lists a feature only if it also saves its registers.
+_LINUX = {
+    "avx512vnni": "avx512_vnni",
+    "avxvnni": "avx_vnni",
+    "bmi": "bmi1",
+    "lzcnt": "abm",
+    "sahf": "lahf_lm",
+    "sse3": "pni",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+}
+
+
 @functools.cache
 def host_features() -> frozenset[str]:
-    """LLVM's names of the features of this CPU."""
-    import llvmlite.binding as llvm
+    """LLVM's names of the features of this CPU, as far as tiers need them."""
+    if platform.machine() in _X86 and (flags := _cpuinfo_flags()):
+        needed = {name for tier in TIERS.values() for name in tier.needs}
+        return frozenset(name for name in needed if _LINUX.get(name, name) in flags)
+    import llvmlite.binding as llvm  # another system: 20 ms and 40 MB
 
     try:
         return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
     except RuntimeError:  # LLVM does not know this host: only what the architecture guarantees
         return frozenset()
+
+
+def _cpuinfo_flags(path: str = "/proc/cpuinfo") -> frozenset[str]:
+    """The first CPU's flags as Linux reports them; empty where it does not."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            line = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return frozenset()
+    return frozenset(line.partition(":")[2].split())
 
 
 def runnable() -> list[Tier]:

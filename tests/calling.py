@@ -56,9 +56,9 @@ def compile_all(names: Iterable[str] = (*NAMES, *MODEL)) -> None:
         assert running.pop(0).wait() == 0
 
 
-def emitted(tier: str, names: Iterable[str], *, assembly: bool) -> dict[str, bytes]:
-    """Code of entry points for any tier of this machine type, runnable or not: name -> object or assembly."""
-    command = [sys.executable, "-m", "smolrun.kernels.build", *(["--assembly"] if assembly else []), tier, *names]
+def emitted(kind: str, tier: str, names: Iterable[str]) -> dict[str, bytes]:
+    """Code of entry points for any tier of this machine type, runnable or not: name -> image, object or assembly."""
+    command = [sys.executable, "-m", "smolrun.kernels.build", kind, tier, *names]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment).stdout
     found, first = {}, 0
