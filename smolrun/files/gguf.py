@@ -14,7 +14,6 @@ allocate more than a small multiple of its own size. Source: github.com/ggml-org
 
 import math
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -343,7 +342,7 @@ def write_gguf(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensor
         sizes.append(tensor_nbytes(FORMATS[tensor.format], tensor.shape))
         offset += -(-sizes[-1] // alignment) * alignment
     head += bytes(-len(head) % alignment)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
     try:
         with open(part, "xb") as file:
             file.write(head)

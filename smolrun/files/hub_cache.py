@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +135,8 @@ def remove(hub: HubSource, *, revision_named: bool) -> int:
     if doomed:
         cache.delete_revisions(*doomed).execute()
     else:
+        import shutil
+
         shutil.rmtree(folder)  # blobs of a download that never finished
     return before - _disk_bytes(folder)
 

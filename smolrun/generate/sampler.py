@@ -17,7 +17,7 @@ the same ids.
 
 import math
 import operator
-import secrets
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,7 +115,7 @@ class Sampling:
 
     def seeded(self) -> "Sampling":
         """This sampling with a seed: its own, else a fresh one (32 bits: short enough to be typed again)."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
+        return self if self.seed is not None else replace(self, seed=int.from_bytes(os.urandom(4), "little"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,19 +17,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
-
-from jinja2 import Template
+from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import TemplateError, TokenizerError
-from smolrun.text import sandbox
 from smolrun.text.tokenizer import Tokenizer, require_unicode
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 Message = Mapping[str, Any]
 """{"role": str, "content": str, ...}; "ids" may hold the ids an assistant's content was sampled as."""
 
 _PRIVATE = range(0xF0000, 0x10FFFE)  # planes 15 and 16: no font, no script, in hardly any text
 _PRIVATE_TEXT = re.compile(f"[{chr(_PRIVATE.start)}-{chr(_PRIVATE.stop)}]")
+_MAX_DEPTH = 32  # of containers in a message: half of what a template may nest
 _NODE = 64  # characters an item of the messages counts for in the template's budget
 
 
@@ -114,6 +115,8 @@ class ChatTemplate:
         continue_final: bool,
         tools: Sequence[Any] | None,
     ) -> _Chat:
+        from smolrun.text import sandbox  # Jinja: 40 ms that only a chat needs
+
         template = self._template
         chat = _Chat(messages, self.source or "", continue_final)
         tools = _plain(tools, "tools")
@@ -147,6 +150,8 @@ class ChatTemplate:
                 "this checkpoint has no chat template: it is a base model, made to continue text; "
                 "use `generate` (`smolrun generate`), or load the Instruct version to chat"
             )
+        from smolrun.text import sandbox
+
         return sandbox.compile_template(self.source)
 
 
@@ -337,9 +342,9 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         return str(value)
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    if depth < sandbox.MAX_DEPTH // 2 and isinstance(value, Mapping):
+    if depth < _MAX_DEPTH and isinstance(value, Mapping):
         return {_plain(k, where, depth + 1): _plain(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
-    if depth < sandbox.MAX_DEPTH // 2 and isinstance(value, (list, tuple)):
+    if depth < _MAX_DEPTH and isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{k}]", depth + 1) for k, item in enumerate(value)]
     raise TemplateError(
         f"{where}: a {type(value).__name__} found, text, numbers, lists and dictionaries (not too deep) expected"
