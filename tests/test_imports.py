@@ -34,6 +34,7 @@ MAY = {
     "smolrun.kernels.jit": {"environ"},  # the tier, from the parent process
     "smolrun.kernels.load": {"environ"},  # where the cache is
     "smolrun.kernels.target": {"environ"},  # SMOLRUN_TIER
+    "smolrun.model.packed": {"environ"},  # how large the cache may be
     "smolrun.text.sandbox": {"time"},  # a hostile template's time is bounded
 }
 

@@ -38,6 +38,7 @@ def command(model: str | None, as_json: bool, load: LoadOptions) -> None:
 
 def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
     from smolrun.model import memory
+    from smolrun.model.weights import kept, plan
 
     config = checkpoint.config
     context = given.get("context", config.max_positions)
@@ -65,6 +66,7 @@ def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": checkpoint.bytes_total,
         "formats": {name: {"tensors": counts[name], "bytes": sizes[name]} for name, _ in sizes.most_common()},
+        "packed": kept(checkpoint, plan(checkpoint, None)).state(),
         "chat_template": checkpoint.chat_template is not None,
         "memory": {"context": context, "kv_format": kv}
         | {name: getattr(needs, name) for name in ("weights", "kv", "scratch", "total")},
@@ -89,6 +91,7 @@ def _table(facts: dict[str, Any]) -> str:
             (f"  {name}", f"{size(entry['bytes'])} in {entry['tensors']} tensors")
             for name, entry in facts["formats"].items()
         ),
+        ("panels", facts["packed"]),
         ("chat", "yes" if facts["chat_template"] else "no template: a base model, use generate"),
         ("memory", f"{size(memory['total'])} at context {memory['context']:,}, {memory['kv_format']} ({parts})"),
     ]

@@ -99,6 +99,11 @@ class Checkpoint:
     bytes_total: int
     _files: list[MappedFile] = field(default_factory=list, repr=False)
 
+    @property
+    def identity(self) -> list[tuple[str, int, int, int]]:
+        """MappedFile.identity of each file."""
+        return [file.identity for file in self._files]
+
     def close(self) -> None:
         """Close the files. Views that are still held stay readable."""
         self.tensors = {}

@@ -109,29 +109,38 @@ def default_context(config: ModelConfig, weights: int, kv: str) -> int:
     return min(config.max_positions, max(int(pages) * int(PAGE), LEAST_CONTEXT))
 
 
+def rounded(sizes: Mapping[str, int]) -> int:
+    """Bytes of an arena: each array begins on a cache line."""
+    return sum(-(-size // 64) * 64 for size in sizes.values())
+
+
 class Arena:
     """Zeroed memory for several arrays, page by page only when touched, on huge pages where the system has them."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        rounded = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+    def __init__(self, sizes: Mapping[str, int], mapped: mmap.mmap | None = None, offset: int = 0) -> None:
+        """mapped: a file that holds the arrays from `offset` on; they are then read-only."""
+        self._memory = mapped or self._anonymous(max(rounded(sizes), 64))
+        self.whole: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8, rounded(sizes), offset)
+        self.arrays: dict[str, NDArray[np.uint8]] = {}
+        first = 0
+        for name, size in sizes.items():
+            self.arrays[name] = self.whole[first : first + size]
+            first += -(-size // 64) * 64
+
+    @staticmethod
+    def _anonymous(total: int) -> mmap.mmap:
         # Python's default is shared memory: a forked child would compute in its parent's buffers, and Linux gives it no
         # huge pages
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        total = max(sum(rounded.values()), 64)
         try:
-            self._memory = mmap.mmap(-1, total, **private)
+            memory = mmap.mmap(-1, total, **private)
         except OSError as error:
             raise SmolrunError(
                 f"the system gives no {total:,} bytes of memory ({error}): choose a smaller context, model or format"
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        whole = np.frombuffer(self._memory, np.uint8)
-        self.arrays: dict[str, NDArray[np.uint8]] = {}
-        first = 0
-        for name, size in rounded.items():
-            self.arrays[name] = whole[first : first + sizes[name]]
-            first += size
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
 
     def address(self, name: str) -> int:
         """Address of an array, a multiple of 64."""

@@ -15,6 +15,7 @@ from smolrun.kernels.block import HEAD_DIM, LAYER, MATRICES, L, W
 from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS, pack
 from smolrun.model.memory import Arena, panel_bytes
+from smolrun.model.packed import Pack, pack_of
 
 QUANTIZE = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q8_0": "Q8_0", "f16": "F16", "bf16": "BF16", "f32": "F32"}
 CLAIM_BYTES = 128 << 10  # panels of one claim: they stay in the L2 cache while all tokens pass over them
@@ -104,8 +105,35 @@ def plan(checkpoint: Checkpoint, quantize: str | None) -> dict[str, Matrix]:
     return matrices
 
 
+def kept(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> Pack:
+    """Where the panels and norms of a checkpoint are kept between loads."""
+    norms = [n for n, t in checkpoint.tensors.items() if len(t.shape) == 1]
+    sizes = {name: m.bytes for name, m in matrices.items()} | dict.fromkeys(norms, 4 * checkpoint.config.dim)
+    return pack_of(checkpoint, {name: m.format for name, m in matrices.items()}, sizes)
+
+
+def _fill(
+    arena: Arena,
+    checkpoint: Checkpoint,
+    matrices: Mapping[str, Matrix],
+    progress: Callable[[int, int], object] | None,
+) -> None:
+    """Pack every matrix, and convert the norms."""
+    done, total = 0, sum(m.tensor.raw.nbytes for m in matrices.values())
+    for name, matrix in matrices.items():
+        matrix.pack_into(arena.arrays[name])
+        matrix.tensor.release()
+        done += matrix.tensor.raw.nbytes
+        if progress:
+            progress(done, total)
+    for name in arena.arrays.keys() - matrices.keys():
+        t = checkpoint.tensors[name]
+        values = dequantize_ref(FORMATS[t.format], t.raw.view(FORMATS[t.format].dtype))
+        arena.arrays[name].view(np.float32)[:] = values.reshape(-1)
+
+
 class Weights:
-    """Panels of all matrices and the kernels' table of layers.
+    """Panels of all matrices, from the cache or packed now, and the kernels' table of layers.
 
     Args:
         config: the model.
@@ -126,22 +154,14 @@ class Weights:
         threads: int,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        norms = [n for n, t in checkpoint.tensors.items() if len(t.shape) == 1]
-        sizes = {name: m.bytes for name, m in matrices.items()} | dict.fromkeys(norms, 4 * config.dim)
-        arena = Arena(sizes)
-        self._arena = arena
+        pack = kept(checkpoint, matrices)
         self.bytes = sum(m.bytes for m in matrices.values())
-        done, total = 0, sum(m.tensor.raw.nbytes for m in matrices.values())
-        for name, matrix in matrices.items():
-            matrix.pack_into(arena.arrays[name])
-            matrix.tensor.release()
-            done += matrix.tensor.raw.nbytes
-            if progress:
-                progress(done, total)
-        for name in norms:
-            t = checkpoint.tensors[name]
-            values = dequantize_ref(FORMATS[t.format], t.raw.view(FORMATS[t.format].dtype))
-            arena.arrays[name].view(np.float32)[:] = values.reshape(-1)
+        arena = pack.read()
+        if arena is None:
+            arena = Arena(pack.sizes)
+            _fill(arena, checkpoint, matrices, progress)
+            pack.write(arena)  # what cannot be kept is packed again; `smolrun info` says so
+        self._arena = arena
 
         def entry(name: str, kind: str) -> list[int]:
             m = matrices[name]

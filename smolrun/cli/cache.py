@@ -1,0 +1,74 @@
+"""`smolrun cache`: what smolrun keeps on this disk to start quickly, and how to be rid of it."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from smolrun.cli.options import verbose_option
+from smolrun.cli.table import columns, size
+
+
+@click.group("cache", invoke_without_command=True)
+@verbose_option
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Show what is kept for quick starts: compiled kernels and packed weights.
+
+    `smolrun cache clear` deletes it; all of it is made again when it is needed. SMOLRUN_CACHE_DIR moves it,
+    SMOLRUN_CACHE_SIZE bounds the packed weights.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from smolrun.kernels.load import fingerprint, user_cache
+    from smolrun.model import packed
+
+    rows: list[tuple[str, int, float, str]] = []
+    for folder in _kernels():
+        made_from, _, tier = folder.name.partition("-")
+        state = tier if made_from == fingerprint() else f"{tier}, of another version"
+        rows.append(("kernels", _bytes(folder), folder.stat().st_mtime, state))
+    for entry in packed.entries():
+        rows.append(("weights", entry.bytes, entry.used, entry.model or "a fragment"))
+    total = sum(row[1] for row in rows)
+    click.echo(f"{user_cache()}: {size(total)}, weights at most {size(packed.limit())}", err=True)
+    if rows:
+        table = [(what, size(count), _day(used), name) for what, count, used, name in rows]
+        click.echo(columns([("WHAT", "SIZE", "LAST USE", "FOR"), *table]))
+
+
+@command.command("clear")
+@click.option("--kernels", is_flag=True, help="Only the compiled kernels.")
+@click.option("--weights", is_flag=True, help="Only the packed weights.")
+def clear(kernels: bool, weights: bool) -> None:
+    """Delete compiled kernels and packed weights; running processes go on."""
+    from smolrun.model import packed
+
+    freed = 0
+    if kernels or not weights:
+        for folder in _kernels():
+            freed += _bytes(folder)
+            shutil.rmtree(folder)
+    if weights or not kernels:
+        for entry in packed.entries():
+            freed += entry.bytes
+            entry.path.unlink(missing_ok=True)
+    click.echo(f"{size(freed)} freed")
+
+
+def _kernels() -> list[Path]:
+    from smolrun.kernels.load import user_cache
+
+    folder = user_cache() / "kernels"
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M") if seconds else ""
