@@ -6,8 +6,8 @@
 
     LLM.batch      Completions          of many prompts, several in each pass (generate/batch.py)
 
-`LLM.chat` renders its messages and goes the same way. There is no session: a dialogue is rendered anew each turn, and
-the KV cache keeps the longest prefix, so only the new turn is computed.
+`LLM.chat` renders its messages and goes the same way. It keeps no state: a dialogue is rendered anew each turn, and the
+KV cache keeps the longest prefix, so only the new turn is computed. `save_session` takes such a prefix to a file.
 """
 
 import threading
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +48,7 @@ from smolrun.generate.sampler import Logits, Sampling
 from smolrun.generate.speculate import Speculator
 from smolrun.generate.turns import Holder, Turns
 from smolrun.model.llama import Llama
+from smolrun.session import Session, Sessions, model_digest
 from smolrun.text.dialogue import AnswerMemory, is_answer
 from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
@@ -114,8 +116,10 @@ def load(
         speculator = None
         if guesser is not None or speculate is not None:
             speculator = Speculator(lookup=speculate == "lookup", draft=guesser, clock=time.perf_counter)
+        digest = partial(model_digest, checkpoint, quantize=quantize, kv=kv, precision=precision)
         release = opened.pop_all().close
-    return LLM(model, tokenizer, template, release=release, speculator=speculator)
+    sessions = Sessions(model, digest)
+    return LLM(model, tokenizer, template, release=release, speculator=speculator, sessions=sessions)
 
 
 def _load_draft(
@@ -166,12 +170,13 @@ class LLM:
         *,
         release: Callable[[], None] | None = None,
         speculator: Speculator | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
         """Parts made elsewhere; `load` is the ordinary way. `release` frees them, None: model.close."""
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
-        self._speculator = speculator
+        self._speculator, self._sessions = speculator, sessions
         self._turns = Turns()
         self._memory = AnswerMemory()
         self._release = weakref.finalize(self, release or model.close)
@@ -412,6 +417,54 @@ class LLM:
             if chunk.finish_reason is not None:
                 answers[index] = collect(parts.pop(index))
         return [answers[index] for index in range(len(answers))]
+
+    def save_session(self, path: str | Path, prompt: Prompt | Sequence[Message]) -> None:
+        """Writes the keys and values of a prompt to a file; what the cache lacks of them is computed first.
+
+        Args:
+            path: replaced when it exists.
+            prompt: text, ids, or the messages of a chat: a system message alone, say, or a whole dialogue, which is
+                kept with the ids of its answers.
+
+        Raises:
+            SessionError: the file cannot be written.
+            OptionError, TokenizerError, TemplateError, ContextOverflow: as `stream` and `chat`.
+
+        >>> with smolrun.load(tiny, context=256) as llm:
+        ...     llm.save_session(folder / "long.session", "A long prompt")
+        ...     llm.load_session(folder / "long.session").ids == llm.tokenize("A long prompt")
+        True
+        """
+        messages: list[Message] | None = None
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+            messages = self._memory.with_ids(prompt)  # type: ignore[arg-type]
+            ids, _ = self._template.encode(messages, add_generation_prompt=False)
+        else:
+            ids = self._ids(prompt)  # type: ignore[arg-type]
+        self._check_room(ids, "session")
+        with self._computing():
+            self._own_sessions().save(Path(path), ids, messages)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Reads a file of `save_session`: a prompt that begins as the saved one is then computed from there on, with
+        the same bits. Returns its `.ids`, and its `.messages` if it was a chat.
+
+        Raises:
+            SessionError: no session, damaged, or not of this model as it is loaded; nothing of it is kept then.
+            ContextOverflow: it needs a larger context.
+        """
+        with self._computing():
+            session = self._own_sessions().load(Path(path))
+        messages = session.messages or []
+        for at, message in enumerate(messages):
+            if is_answer(message) and "ids" in message:
+                self._memory.remember(messages[:at], message["content"], message.pop("ids"))
+        return session
+
+    def _own_sessions(self) -> Sessions:
+        if self._sessions is None:
+            raise OptionError("this LLM was put together by hand without `sessions`: smolrun.load makes one with")
+        return self._sessions
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text; text of special tokens stays text.

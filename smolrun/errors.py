@@ -7,6 +7,7 @@
     |-- TemplateError      a chat template is missing, hostile or refuses the messages
     |-- TokenizerError     text that has no ids (lone surrogates), ids that have no text
     |-- ContextOverflow    prompt + answer do not fit; carries both counts
+    |-- SessionError       a session file that is damaged, of another model, or cannot be written
     |-- OptionError        an argument out of range; names it, its value and the range (also a ValueError)
     |-- KernelError        no kernels for this CPU, or their compilation failed
     `-- ModelClosed        the LLM was closed
@@ -54,6 +55,10 @@ class ContextOverflow(SmolrunError):
             f"the {what} needs {needed:,} tokens, the context holds {context:,}: "
             "shorten it, drop old turns, or load with a larger context"
         )
+
+
+class SessionError(SmolrunError):
+    """A session file that cannot be read or written, or that is another model's."""
 
 
 class OptionError(SmolrunError, ValueError):

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,6 +78,14 @@ class FakeLLM:
     def stream(self, prompt: str, *, cancel: threading.Event | None = None, **options: Any) -> Iterator[Chunk]:
         self.calls.append(("stream", prompt, options))
         return self.answer(prompt, cancel or threading.Event(), self.context)
+
+    def save_session(self, path: Any, prompt: Any) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(prompt, file)
+
+    def load_session(self, path: Any) -> Any:
+        with open(path, encoding="utf-8") as file:
+            return types.SimpleNamespace(ids=[1], messages=json.load(file))
 
     def generate(self, prompt: str, **options: Any) -> None:
         self.calls.append(("generate", prompt, options))

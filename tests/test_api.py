@@ -573,8 +573,8 @@ def test_a_fork_works_or_says_why_not(llm):
 def test_public_names():
     assert sorted(smolrun.__all__) == [
         "Chunk", "Completion", "ContextOverflow", "KernelError", "LLM", "ModelClosed", "ModelFileError",
-        "ModelNotFound", "OptionError", "Sampling", "SmolrunError", "TemplateError", "Timings", "TokenizerError",
-        "UnsupportedModel", "__version__", "load", "quantize_file",
+        "ModelNotFound", "OptionError", "Sampling", "SessionError", "SmolrunError", "TemplateError", "Timings",
+        "TokenizerError", "UnsupportedModel", "__version__", "load", "quantize_file",
     ]  # fmt: skip
     for name in smolrun.__all__:
         assert getattr(smolrun, name) is not None
@@ -591,9 +591,10 @@ def test_import_is_light():
 @pytest.mark.parametrize(
     "name", ["smolrun.api", "smolrun.generate.sampler", "smolrun.text.stops", "smolrun.text.dialogue", "smolrun.answer"]
 )
-def test_examples(name, tiny):
+def test_examples(name, tiny, tmp_path):
     module = import_module(name)
-    result = doctest.testmod(module, extraglobs={"smolrun": smolrun, "Sampling": Sampling, "tiny": tiny.gguf})
+    names = {"smolrun": smolrun, "Sampling": Sampling, "tiny": tiny.gguf, "folder": tmp_path}
+    result = doctest.testmod(module, extraglobs=names)
     assert result.failed == 0
     assert result.attempted or name == "smolrun.answer"
 

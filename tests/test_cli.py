@@ -370,6 +370,22 @@ def test_system_message(run: Run, models: list[FakeLLM], model_file: str) -> Non
     assert models[0].calls[0][1][0] == {"role": "system", "content": "be brief"}
 
 
+def test_a_session_goes_on(run: Run, models: list[FakeLLM], model_file: str, tmp_path: Path) -> None:
+    file = tmp_path / "s"
+    arguments = ["chat", model_file, "--session", str(file)]
+    assert run(*arguments, "--system", "Be brief", stdin=b"hi\n") == (0, "echo: hi\n", "")
+    said = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "hi"}]
+    said.append({"role": "assistant", "content": "echo: hi"})
+    assert json.loads(file.read_text()) == said
+    code, out, err = run(*arguments, stdin=b"more\n")
+    assert (code, out) == (0, "echo: more\n") and "3 messages" in err
+    assert models[1].calls[0][1] == [*said, {"role": "user", "content": "more"}]
+    assert len(json.loads(file.read_text())) == 5
+    file.write_text("null")
+    code, _, err = run(*arguments, stdin=b"more\n")
+    assert code == 2 and "session of a plain prompt" in err
+
+
 def test_full_context_in_a_pipe_is_an_error(run: Run, models: list[FakeLLM], model_file: str) -> None:
     code, out, err = run("chat", model_file, "--context", "2", stdin=b"a b c d")
     assert (code, out) == (1, "") and "needs 5 tokens, the context holds 2" in err

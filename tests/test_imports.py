@@ -15,7 +15,7 @@ RANKS = [
     ["smolrun.files", "smolrun.text"],
     ["smolrun.model"],
     ["smolrun.generate"],
-    ["smolrun.answer"],
+    ["smolrun.answer", "smolrun.session"],
     ["smolrun.api"],
     ["smolrun"],  # the door alone: smolrun/__init__.py
     ["smolrun.peer"],

@@ -60,6 +60,9 @@ class Always:
         self.have = len(ids)
         return 1
 
+    def reading(self):
+        return 0.0
+
     def seconds(self, count):
         return self.cost * count
 

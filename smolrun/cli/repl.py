@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,13 @@ A message that starts with / is written with //. Ctrl-C stops an answer and keep
 class Repl:
     """One dialogue with one model. `messages` holds system, user and assistant messages in the order of the chat."""
 
-    def __init__(self, llm: LLM, answer: AnswerOptions, *, system: str | None = None, verbose: bool = False) -> None:
+    def __init__(
+        self, llm: LLM, answer: AnswerOptions, messages: Sequence[Message] = (), *, verbose: bool = False
+    ) -> None:
         self.llm = llm
         self.answer = answer
         self.verbose = verbose
-        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[Message] = [*messages]
         self.lines = Lines()
 
     def run(self) -> None:

@@ -45,7 +45,7 @@ MATCHED = 16  # ids of a match that are looked at
 KINDS = 8  # matches of so many ids and more are of one kind
 OCCURRENCES = 8  # the latest places of a pair that are looked at
 SLOPE = 0.25  # of a plain pass: one more row while nothing is measured; 0.2 to 0.5 on Zen 4, hope finds out sooner
-READING = 32  # guesses over which a draft model's reading of the prompt is spread when it is not begun yet
+READING = 32  # guesses that are to pay for a draft model's reading of the prompt
 LATEST = 7  # samples of a cost; their median counts, so one time slice lost to a neighbour does not
 MEMORY = 0.9  # of the acceptance counts at each guess: some 10 guesses are remembered
 
@@ -56,8 +56,11 @@ class Guesser(Protocol):
     def kind(self, ids: Ids) -> int:
         """How good a guess after `ids` would be, a small number: acceptance is measured by it. 0: there is none."""
 
+    def reading(self) -> float:
+        """Seconds until the first guess can be made; 0 from then on."""
+
     def seconds(self, count: int) -> float:
-        """What a guess of so many ids will take."""
+        """What a guess of so many ids will take, without the reading."""
 
     def guess(self, count: int, cancel: Cancel | None) -> list[int]:
         """At most so many ids, after those of the last `kind`; fewer once cancelled."""
@@ -97,6 +100,9 @@ class Lookup:
                 if same > best:
                     best, self._from = same, start
         return min(best, KINDS)
+
+    def reading(self) -> float:
+        return 0.0
 
     def seconds(self, count: int) -> float:
         return 0.0
@@ -159,9 +165,12 @@ class Draft:
         self._ids = ids
         return 1 if len(ids) < self._model.context else 0
 
+    def reading(self) -> float:
+        return self._costs(len(self._ids)) if self._seq is None else 0.0
+
     def seconds(self, count: int) -> float:
         if self._seq is None:
-            return self._costs(len(self._ids)) / READING + count * self._costs(1)
+            return count * self._costs(1)
         behind = len(self._ids) - min(self._seq.length, len(self._ids) - 1)
         return self._costs(behind) + (count - 1) * self._costs(1)
 
@@ -262,19 +271,21 @@ class Speculation:
         for guesser in self._guessers:
             if not (kind := guesser.kind(ids)):
                 continue
-            acceptance = shared.acceptance(guesser, kind)
+            acceptance, reading = shared.acceptance(guesser, kind), guesser.reading()
             expected = power = 1.0
             for k in range(1, min(most, MOST) + 1):
                 power *= acceptance.share
                 expected += power
-                passes = (shared.costs(k + 1) + guesser.seconds(k)) / plain
+                seconds = guesser.seconds(k) + reading / READING
+                passes = (shared.costs(k + 1) + seconds) / plain
                 left = shared.purse - (passes - 1)
-                trying = chosen is None and k == 1 and left >= RESERVE
+                trying = chosen is None and k == 1 and left - reading / plain >= RESERVE
                 if left >= 0 and (expected / passes > best_rate or trying):
+                    # a try pays for the reading at once, it is not expected to pay later
+                    seconds += 0 if expected / passes > best_rate else reading
                     best_rate, chosen, count = max(expected / passes, best_rate), guesser, k
-                    self._acceptance = acceptance
+                    self._acceptance, self._seconds = acceptance, seconds
         if chosen is not None:
-            self._seconds = chosen.seconds(count)
             self._guess = chosen.guess(count, cancel)
         return self._guess
 
