@@ -15,12 +15,12 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import smolrun
-from smolrun.errors import ContextOverflow, TemplateError
+from smolrun.errors import ContextOverflow, OptionError, TemplateError
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,19 @@ class FakeLLM:
         if words >= self.context:
             raise ContextOverflow(words + 1, self.context)
         return self.answer(messages[-1]["content"], cancel or threading.Event(), self.context - words)
+
+    def batch(
+        self, prompts: Iterable[Any], *, stream: bool, cancel: threading.Event | None = None, **options: Any
+    ) -> Iterator[tuple[int, Chunk]]:
+        assert stream
+        for index, prompt in enumerate(prompts):
+            self.calls.append(("batch", prompt, options))
+            if prompt is None:
+                yield index, replace(last("error"), error=OptionError("no prompt"))
+                continue
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            for chunk in self.answer(text, cancel or threading.Event(), self.context):
+                yield index, chunk
 
     def answer(self, text: str, cancel: threading.Event, room: int) -> Iterator[Chunk]:
         if text == "refuse":

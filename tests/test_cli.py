@@ -340,6 +340,26 @@ def test_ctrl_c_while_loading(run: Run, model_file: str, monkeypatch: pytest.Mon
     assert run("generate", "-m", model_file, "hi")[0] == 130
 
 
+def test_batch(run: Run, models: list[FakeLLM], model_file: str, tmp_path: Path) -> None:
+    """Lines in, lines out; a prompt that is refused is told and is exit code 1."""
+    talk = [{"role": "user", "content": "d e"}]
+    lines = ["a b", {"prompt": "c"}, talk, {"messages": talk}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    options = ["--max-batch", "3", "--max-tokens", "9", "-m", model_file]
+    code, out, _ = run("batch", str(file), *options)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [answer["index"] for answer in answers] == [0, 1, 2, 3]
+    assert [answer["text"] for answer in answers] == ["echo: a b", "echo: c", "echo: d e", "echo: d e"]
+    assert all(answer["finish_reason"] == "stop" and "error" not in answer for answer in answers)
+    assert models[0].calls[1] == ("batch", "c", {"max_batch": 3, "max_tokens": 9, "sampling": Sampling()})
+    code, out, _ = run("batch", "-m", model_file, stdin=b'{}\n"a"\n')
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and answers[0]["error"] == "no prompt" and answers[1]["text"] == "echo: a"
+    code, out, err = run("batch", "-m", model_file, stdin=b'"a"\n{nonsense\n')
+    assert code == 2 and "line 2 of the prompts: JSON expected" in err and not out and len(models) == 2
+
+
 def test_the_fake_is_like_the_real_one() -> None:
     import fake_llm
 

@@ -17,7 +17,7 @@ import click
 from smolrun.cli.options import Settings, verbose_option
 from smolrun.errors import OptionError, SmolrunError
 
-VERBS = ("chat", "generate", "info", "quantize", "verify", "bench", "pull", "list", "rm", "warmup", "cache")
+VERBS = ("chat", "generate", "batch", "info", "quantize", "verify", "bench", "pull", "list", "rm", "warmup", "cache")
 
 
 class _Verbs(click.Group):

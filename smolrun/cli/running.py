@@ -7,17 +7,15 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:
-    from smolrun import Chunk
-
+Piece = TypeVar("Piece")
 _POLL_SECONDS = 0.1  # Windows does not hear Ctrl-C while it waits
 
 
-def run(start: Callable[[threading.Event], Iterator[Chunk]]) -> Generator[Chunk, None, None]:
+def run(start: Callable[[threading.Event], Iterator[Piece]]) -> Generator[Piece, None, None]:
     """Yield what `start(cancel)` yields.
 
     Ctrl-C sets `cancel`, so the answer ends with "cancelled"; a second one raises KeyboardInterrupt. Closing the
