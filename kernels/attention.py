@@ -5,6 +5,14 @@ A page holds 64 positions of every layer and KV head:
     K  [4 groups of positions][64 dims][16 positions]   lanes are positions: scores need no horizontal sum
     V  [64 positions][64 dims]                          lanes are dims
 
+Each is stored as f32, f16, bf16, or in blocks of 32 dims of a position as q8_0 (d = max|x| / 127) or q4_0 (d = x / -8
+for the x of largest magnitude), d rounded to f16 first. Their page is
+
+    K  4 row groups of the panel Q8_0 or Q4_0 (panels.py), a position a row: scores are its matmul, q in two int8 terms
+    V  [32 pairs of positions][64 dims][2 positions] i8, or for q4_0 [32 pairs][2 blocks][16][2 positions] with dim i + 8 in
+       the low and dim i + 16 of the block + 8 in the high nibble; then [2 blocks][64 positions] f16 d, which multiply the
+       softmax's weights
+
 A row is one query head of one token. Rows that share a KV head and a page table are computed together and share its
 loads. Scores of a span of 512 positions give a partial (m, l, o): maximum, sum of exp, weighted sum of V. Partials
 merge in order of position, whoever computed them, so splitting a context over threads, chunking a prompt or batching
@@ -19,47 +27,81 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .block import HEAD_DIM, PAGE, PART, ROW_TILE, SPAN, B, S
+from .block import HEAD_DIM, PAGE, PART, ROW_TILE, SPAN, SPAN_SCRATCH, VALUES_SCRATCH, B, S
 from .jit import TIER, kernel
-from .pointwise import rope
+from .matmul import emit_pairs, make_tile
+from .panels import BLOCK, PANELS
+from .pointwise import TINY, quantise, rope
 from .simd import (
+    I8,
     I16,
+    I32,
     I64,
     LANES,
     V16F32,
+    V16I32,
     at,
     broadcast_f32,
     const,
+    emit_f32_to_half,
     emit_fma,
+    emit_half_to_f32,
     emit_load_as_f32,
     emit_prefetch,
+    emit_store_from_f32,
     f32,
+    f32x16,
     get_f32,
     get_i64,
     load,
     put_f32,
+    splat,
     store,
+    vabs,
     vexp,
     vfirst,
     vfma,
     vhmax,
     vload,
+    vload_half,
     vmax,
+    vmin,
     void,
+    vrint,
     vsplat,
     vstore,
-    vstore_half,
+    vstore_i8,
+    vstore_i16,
     vsum,
+    vto_i32,
     word,
 )
+from .target import RECORD_BYTES, token_tile
 from .team import claim
 
 i64 = types.int64
+prefetch = word(void, [i64], emit_prefetch)
+copy_i8 = word(void, [i64, i64], lambda b, source, target: store(b, target, load(b, source, I8)))
 copy_i16 = word(void, [i64, i64], lambda b, source, target: store(b, target, load(b, source, I16)))
+copy_i32 = word(void, [i64, i64], lambda b, source, target: store(b, target, load(b, source, I32)))
+join_nibbles = word(  # four bytes below 16 into the low nibbles of the target, four into the high ones
+    void,
+    [i64, i64, i64],
+    lambda b, low, high, target: store(
+        b, target, b.or_(load(b, low, I32), b.shl(load(b, high, I32), ir.Constant(I32, 4)))
+    ),
+)
+round_half = word(f32, [f32], lambda b, x: _first(b, emit_half_to_f32(b, emit_f32_to_half(b, splat(b, x)))))
+put_half = word(void, [i64, f32], lambda b, p, x: store(b, p, _first(b, emit_f32_to_half(b, splat(b, x)))))
 
 MINUS_INFINITY = float("-inf")
-FEW_ROWS = 3  # up to so many rows memory is the limit; more rows find the page in cache
+FLOATS = {"f32": 4, "f16": 2, "bf16": 2}  # kinds of elements that are floats, and their bytes
 WIDTH = 4 if TIER.row_lanes == 16 else 1  # vectors of positions (scores) or of dims (values) held per row
+Q_RECORD = 2 * RECORD_BYTES  # a block of a query in two int8 terms
+
+
+def _first(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    return b.extract_element(vector, ir.Constant(I32, 0))
 
 
 def _sum_of_products(
@@ -68,7 +110,6 @@ def _sum_of_products(
     count: Any,
     left: Any,
     right: Any,
-    element: str,
     width: int,
     out: Any,
     keep: bool,
@@ -76,7 +117,7 @@ def _sum_of_products(
 ) -> None:
     """out[r][v] (+)= sum over i < count of left(r, i) * right(i, v), v < width vectors; i upwards, one fma each.
 
-    ahead(i): addresses to prefetch meanwhile.
+    left: addresses of f32; right: vectors; ahead(i): addresses to prefetch meanwhile.
     """
     acc = [[cgutils.alloca_once(b, V16F32) for _ in range(width)] for _ in range(rows)]
     for r, row in enumerate(acc):
@@ -85,7 +126,7 @@ def _sum_of_products(
     with cgutils.for_range(b, count, intp=I64) as loop:
         for address in ahead(loop.index):
             emit_prefetch(b, address)
-        vectors = [emit_load_as_f32(b, right(loop.index, v), element) for v in range(width)]
+        vectors = [right(loop.index, v) for v in range(width)]
         for r in range(rows):
             factor = broadcast_f32(b, left(r, loop.index))
             for v in range(width):
@@ -95,14 +136,17 @@ def _sum_of_products(
             store(b, out(r, v), b.load(a))
 
 
-def make_scores(rows: int, element: str) -> Any:
-    """Intrinsic scores(q, k_page, groups, s, next): s[r][16 g + lane] = q[r] . K[g][:, lane] for g < groups.
+def make_scores(rows: int, kind: str) -> Any:
+    """scores(q, k_page, groups, s, next): s[r][16 g + lane] = q[r] . K[g][:, lane] for g < groups.
 
-    q: f32 (rows, 64); s: f32 rows, SPAN floats apart. All 4 groups of a page are computed where registers allow it.
+    q: f32 (rows, 64), or their records where K is quantised; s: f32 rows, SPAN floats apart. All 4 groups of a page are
+    computed where registers allow it.
     next: address of what is read next, as many bytes as the page's K. A page is a new stream for the hardware, which
     fetches ahead only within one: without this, decode at depth read the cache at a third of the memory's speed.
     """
-    size = 4 if element == "F32" else 2
+    if kind not in FLOATS:
+        return _make_panel_scores(rows, kind)
+    size = FLOATS[kind]
     group_bytes = HEAD_DIM * LANES * size
 
     def emit(b: ir.IRBuilder, q: Any, k: Any, groups: Any, s: Any, following: Any) -> None:
@@ -116,7 +160,8 @@ def make_scores(rows: int, element: str) -> Any:
                 return b.add(at(b, q, 4 * HEAD_DIM * r), b.shl(d, ir.Constant(I64, 2)))
 
             def right(d: Any, v: int) -> Any:
-                return b.add(at(b, first, group_bytes * v), b.mul(d, ir.Constant(I64, LANES * size)))
+                line = b.add(at(b, first, group_bytes * v), b.mul(d, ir.Constant(I64, LANES * size)))
+                return emit_load_as_f32(b, line, kind.upper())
 
             def out(r: int, v: int) -> Any:
                 return at(b, target, 4 * SPAN * r + 64 * v)
@@ -124,58 +169,152 @@ def make_scores(rows: int, element: str) -> Any:
             def ahead(d: Any) -> list[Any]:
                 step = LANES * size * WIDTH
                 line = b.add(coming, b.mul(d, ir.Constant(I64, step)))
-                return [at(b, line, 64 * i) for i in range(max(step // 64, 1))] if rows <= FEW_ROWS else []
+                return [at(b, line, 64 * i) for i in range(max(step // 64, 1))]
 
-            _sum_of_products(b, rows, ir.Constant(I64, HEAD_DIM), left, right, element, WIDTH, out, False, ahead)
+            _sum_of_products(b, rows, ir.Constant(I64, HEAD_DIM), left, right, WIDTH, out, False, ahead)
 
     return word(void, [i64] * 5, emit)
 
 
-def make_values(rows: int, element: str) -> Any:
-    """Intrinsic values(p, v_page, count, o, next): o[r] += sum over positions i < count of p[r][i] * V[i].
+def _make_panel_scores(rows: int, kind: str) -> Any:
+    """`make_scores` of a quantised K, whose groups of positions are row groups of a panel."""
+    panel = PANELS[kind.upper()]
+    blocks = HEAD_DIM // BLOCK
+    group_bytes = blocks * panel.record_bytes
+    step = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= token_tile(TIER, 2))
+    tile = make_tile(panel, 2, step)
 
-    p: f32 rows, SPAN floats apart; o: f32 rows, PART floats apart; next: as for `scores`.
+    @kernel
+    def scores(q, k, groups, s, following):  # type: ignore[no-untyped-def]
+        for g in range(groups):
+            for line in range(g * group_bytes, (g + 1) * group_bytes, 64):
+                prefetch(following + line)
+            for r in range(0, rows, step):
+                tile(k + g * group_bytes, blocks, q + r * Q_RECORD, rows, s + 4 * (SPAN * r + 16 * g), SPAN, 0)
+
+    return scores
+
+
+def make_values(rows: int, kind: str) -> Any:
+    """values(p, v_page, count, o, next, scratch): o[r] += sum over positions i < count of p[r][i] * V[i].
+
+    p: f32 rows, SPAN floats apart; o: f32 rows, PART floats apart; next: as for `scores`; scratch: VALUES_SCRATCH bytes.
     """
-    size = 4 if element == "F32" else 2
+    if kind not in FLOATS:
+        return _make_integer_values(rows, kind)
+    size = FLOATS[kind]
 
-    def emit(b: ir.IRBuilder, p: Any, page: Any, count: Any, o: Any, following: Any) -> None:
+    def emit(b: ir.IRBuilder, p: Any, page: Any, count: Any, o: Any, following: Any, scratch: Any) -> None:
         for dim in range(0, HEAD_DIM, LANES * WIDTH):
 
             def left(r: int, i: Any) -> Any:
                 return b.add(at(b, p, 4 * SPAN * r), b.shl(i, ir.Constant(I64, 2)))
 
             def right(i: Any, v: int, dim: int = dim) -> Any:
-                return b.add(at(b, page, size * (dim + LANES * v)), b.mul(i, ir.Constant(I64, HEAD_DIM * size)))
+                row = b.add(page, b.mul(i, ir.Constant(I64, HEAD_DIM * size)))
+                return emit_load_as_f32(b, at(b, row, size * (dim + LANES * v)), kind.upper())
 
             def out(r: int, v: int, dim: int = dim) -> Any:
                 return at(b, o, 4 * PART * r + 4 * (dim + LANES * v))
 
             def ahead(i: Any, dim: int = dim) -> list[Any]:
                 line = b.add(following, b.mul(i, ir.Constant(I64, HEAD_DIM * size)))
-                return [at(b, line, j) for j in range(0, HEAD_DIM * size, 64)] if rows <= FEW_ROWS and dim == 0 else []
+                return [at(b, line, j) for j in range(0, HEAD_DIM * size, 64)] if dim == 0 else []
 
-            _sum_of_products(b, rows, count, left, right, element, WIDTH, out, True, ahead)
+            _sum_of_products(b, rows, count, left, right, WIDTH, out, True, ahead)
 
-    return word(void, [i64] * 5, emit)
+    return word(void, [i64] * 6, emit)
+
+
+def _make_integer_values(rows: int, kind: str) -> Any:
+    """`make_values` of a quantised V: weights times scales become i16 with one factor a page, block and row.
+
+    Two positions meet in one product of pairs: a page's sum, below 64 * 32767 * 127, is exact in i32.
+    """
+    blocks, eights, sixteens = HEAD_DIM // BLOCK, ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, 2 * LANES)
+    pair_bytes = HEAD_DIM if kind == "q4_0" else 2 * HEAD_DIM
+
+    def emit(b: ir.IRBuilder, p: Any, page: Any, pairs: Any, o: Any, following: Any, factors: Any) -> None:
+        for first in range(0, HEAD_DIM // LANES, WIDTH):
+            acc = [[cgutils.alloca_once(b, V16I32) for _ in range(WIDTH)] for _ in range(rows)]
+            for a in (a for row in acc for a in row):
+                b.store(const(V16I32, 0), a)
+            with cgutils.for_range(b, pairs, intp=I64) as loop:
+                step = b.mul(loop.index, ir.Constant(I64, pair_bytes))
+                for line in range(0, pair_bytes if first == 0 else 0, 64):
+                    emit_prefetch(b, at(b, b.add(following, step), line))
+                row = b.add(page, step)
+                for v in range(WIDTH):
+                    block, part = divmod(first + v, 2)
+                    if kind == "q4_0":
+                        u = b.zext(load(b, at(b, row, 2 * LANES * block), eights), sixteens)
+                        u = b.lshr(u, const(sixteens, 4)) if part else b.and_(u, const(sixteens, 15))
+                        values = b.sub(u, const(sixteens, 8))
+                    else:
+                        values = b.sext(load(b, at(b, row, 2 * LANES * (first + v)), eights), sixteens)
+                    for r in range(rows):
+                        pair = b.add(at(b, p, 2 * PAGE * (rows * block + r)), b.shl(loop.index, ir.Constant(I64, 2)))
+                        weights = b.bitcast(splat(b, load(b, pair, I32)), sixteens)
+                        b.store(emit_pairs(b, b.load(acc[r][v]), values, weights), acc[r][v])
+            for r in range(rows):
+                for v in range(WIDTH):
+                    target = at(b, o, 4 * (PART * r + LANES * (first + v)))
+                    factor = broadcast_f32(b, at(b, factors, 4 * (rows * ((first + v) // 2) + r)))
+                    total = b.sitofp(b.load(acc[r][v]), V16F32)
+                    store(b, target, emit_fma(b, total, factor, load(b, target, V16F32)))
+
+    sums = word(void, [i64] * 6, emit)
+
+    @kernel
+    def values(p, page, count, o, following, scratch):  # type: ignore[no-untyped-def]
+        scaled = scratch + 2 * PAGE * rows * blocks  # f32 (PAGE,), behind the i16 weights
+        factors = scaled + 4 * PAGE
+        scales = PAGE // 2 * pair_bytes
+        for line in range(scales, scales + 2 * PAGE * blocks, 64):
+            prefetch(following + line)
+        for block in range(blocks):
+            for r in range(rows):
+                top = vsplat(f32(0.0))
+                for i in range(0, count, LANES):
+                    d = vload_half(page + scales + 2 * (PAGE * block + i))
+                    weights = vfirst(count - i, vload(p + 4 * (SPAN * r + i)) * d, vsplat(f32(0.0)))
+                    vstore(scaled + 4 * i, weights)
+                    top = vmax(top, vabs(weights))
+                m = vhmax(top)
+                factor, inverse = f32(0.0), f32(0.0)
+                if m > f32(TINY):
+                    factor, inverse = m / f32(32767.0), f32(32767.0) / m
+                for i in range(0, count, LANES):
+                    whole = vto_i32(vrint(vload(scaled + 4 * i) * vsplat(inverse)))
+                    vstore_i16(scratch + 2 * (PAGE * (rows * block + r) + i), whole)
+                put_f32(factors + 4 * (rows * block + r), factor)
+        sums(scratch, page, (count + 1) // 2, o, following, factors)
+
+    return values
 
 
 @kernel
 def softmax_part(s, limit, filled, part):  # type: ignore[no-untyped-def]
-    """Scores of one row -> weights in place, and m, l of its partial; o is zeroed. limit: positions this row may see,
-    1..SPAN;
+    """Scores of one row -> weights in place, and m, l of its partial. limit: positions this row may see, 1..SPAN;
     filled: positions computed for the tile; weights beyond the limit become 0."""
+    whole = limit // LANES * LANES
     top = vsplat(f32(MINUS_INFINITY))
-    for i in range(0, limit, LANES):
-        v = vfirst(limit - i, vload(s + 4 * i), vsplat(f32(MINUS_INFINITY)))
-        vstore(s + 4 * i, v)
-        top = vmax(top, v)
+    for i in range(0, whole, LANES):
+        top = vmax(top, vload(s + 4 * i))
+    if whole < limit:
+        top = vmax(top, vfirst(limit - whole, vload(s + 4 * whole), vsplat(f32(MINUS_INFINITY))))
     m = vhmax(top)
     total = vsplat(f32(0.0))
-    for i in range(0, limit, LANES):
-        v = vfirst(limit - i, vexp(vload(s + 4 * i) - vsplat(m)), vsplat(f32(0.0)))
+    for i in range(0, whole, LANES):
+        v = vexp(vload(s + 4 * i) - vsplat(m))
         vstore(s + 4 * i, v)
         total = total + v
-    i = (limit + LANES - 1) // LANES * LANES
+    i = whole
+    if whole < limit:
+        v = vfirst(limit - whole, vexp(vload(s + 4 * whole) - vsplat(m)), vsplat(f32(0.0)))
+        vstore(s + 4 * whole, v)
+        total = total + v
+        i += LANES
     while i < filled:
         vstore(s + 4 * i, vsplat(f32(0.0)))
         i += LANES
@@ -205,28 +344,35 @@ def finish(part, out):  # type: ignore[no-untyped-def]
         vstore(out + 4 * d, vload(part + 4 * (16 + d)) / total)
 
 
-def make_span(rows: int, element: str) -> Any:
+def make_span(rows: int, key: str, value: str) -> Any:
     """span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts): partials of `rows` rows over
     one span.
 
     Row r is head (first_row + r) % group of the token at position start + (first_row + r) // group. q: f32 (rows, 64),
     rotated and scaled. first: first position of the span. pages: addresses of the sequence's pages; page_offset: this
-    layer and head inside a page. s: scratch f32 (rows, SPAN). parts: f32 (rows, PART). Rows that see nothing of the
-    span get l = 0 and are not to be merged.
+    layer and head inside a page. s: scratch of SPAN_SCRATCH bytes: scores f32 (rows, SPAN), that of `values`, records of q.
+    parts: f32 (rows, PART). Rows that see nothing of the span get l = 0 and are not to be merged.
     """
-    scores, values = make_scores(rows, element), make_values(rows, element)
+    scores, values = make_scores(rows, key), make_values(rows, value)
+    quantised = key not in FLOATS
 
     @kernel
     def span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts):  # type: ignore[no-untyped-def]
         last = start + (first_row + rows - 1) // group + 1  # positions that the last row sees
         filled = min(last - first, SPAN)
+        scaled = s + 4 * ROW_TILE * SPAN
+        records = scaled + VALUES_SCRATCH
+        if quantised:
+            for r in range(rows):
+                quantise(q + 4 * HEAD_DIM * r, HEAD_DIM, 2, records + Q_RECORD * r, Q_RECORD * rows)
+        operand = records if quantised else q
         top = get_i64(pages + first // PAGE * 8) + page_offset
         page = top
         for i in range(0, filled, PAGE):
             following = top + value_offset
             if i + PAGE < filled:
                 following = get_i64(pages + (first + i + PAGE) // PAGE * 8) + page_offset
-            scores(q, page, (min(filled - i, PAGE) + LANES - 1) // LANES, s + 4 * i, following)
+            scores(operand, page, (min(filled - i, PAGE) + LANES - 1) // LANES, s + 4 * i, following)
             page = following
         padded = (filled + LANES - 1) // LANES * LANES
         for r in range(rows):
@@ -245,7 +391,8 @@ def make_span(rows: int, element: str) -> Any:
             following = page
             if i + PAGE < filled:
                 following = get_i64(pages + (first + i + PAGE) // PAGE * 8) + page_offset
-            values(s + 4 * i, page + value_offset, min(filled - i, PAGE), parts + 4 * 16, following + value_offset)
+            count = min(filled - i, PAGE)
+            values(s + 4 * i, page + value_offset, count, parts + 4 * 16, following + value_offset, scaled)
             page = following
 
     return span
@@ -271,11 +418,117 @@ def merge_spans(block, segment, q):  # type: ignore[no-untyped-def]
         finish(parts + 4 * PART * h, q + 4 * HEAD_DIM * h)
 
 
-def make_attention(element: str) -> tuple[Any, Any]:
-    """(store_kv, attention) of a pass, for a KV cache of "F16" or "F32"."""
-    half = element == "F16"
-    size = 2 if half else 4
-    span_1, span_3, span_6 = (make_span(rows, element) for rows in (1, 3, ROW_TILE))
+@kernel
+def half_scale(x, four_bits):  # type: ignore[no-untyped-def]
+    """The scale of 32 floats in q8_0 or q4_0, as f16 holds it."""
+    x0, x1, zero = vload(x), vload(x + 64), vsplat(f32(0.0))
+    top, bottom = vhmax(vmax(x0, x1)), vhmax(vmax(zero - x0, zero - x1))
+    if four_bits:
+        return round_half((top if top >= bottom else -bottom) / f32(-8.0))
+    return round_half(max(top, bottom) / f32(127.0))
+
+
+@kernel
+def half_inverse(d):  # type: ignore[no-untyped-def]
+    """1 / d, or 0 for the scale of nothing."""
+    return f32(0.0) if d == f32(0.0) else f32(1.0) / d
+
+
+@kernel
+def to_integers(x, inverse, four_bits):  # type: ignore[no-untyped-def]
+    """16 floats as integers, still f32x16: -127..127, or 0..15 for -8..7."""
+    n = vrint(vload(x) * vsplat(inverse))
+    if four_bits:
+        return vmin(vmax(n + vsplat(f32(8.0)), vsplat(f32(0.0))), vsplat(f32(15.0)))
+    return vmin(vmax(n, vsplat(f32(-127.0))), vsplat(f32(127.0)))
+
+
+def make_store_key(kind: str) -> Any:
+    """store_key(x, page, inside, scratch): 64 floats into position `inside` of a K page. scratch: 256 bytes, may be x."""
+    if kind in FLOATS:
+        size = FLOATS[kind]
+        put = _put_as(kind)
+        copy = copy_i32 if size == 4 else copy_i16
+
+        @kernel
+        def store_float_key(x, page, inside, scratch):  # type: ignore[no-untyped-def]
+            lane = page + (inside // LANES * HEAD_DIM * LANES + inside % LANES) * size
+            for d in range(0, HEAD_DIM, LANES):
+                put(scratch + size * d, vload(x + 4 * d))  # in place: writes stay behind reads
+            for d in range(HEAD_DIM):
+                copy(scratch + size * d, lane + LANES * size * d)
+
+        return store_float_key
+
+    panel = PANELS[kind.upper()]
+    record_bytes, plane_bytes, four = panel.record_bytes, panel.block_bytes, kind == "q4_0"
+
+    @kernel
+    def store_key(x, page, inside, scratch):  # type: ignore[no-untyped-def]
+        for block in range(HEAD_DIM // BLOCK):
+            source = x + 4 * BLOCK * block
+            record = page + (inside // LANES * (HEAD_DIM // BLOCK) + block) * record_bytes
+            lane = record + 4 * (inside % LANES)
+            d = half_scale(source, four)
+            inverse = half_inverse(d)
+            for i in range(0, BLOCK, LANES):
+                vstore_i8(scratch + BLOCK * block + i, vto_i32(to_integers(source + 4 * i, inverse, four)))
+            quads = scratch + BLOCK * block
+            if four:
+                for j in range(4):
+                    join_nibbles(quads + 4 * j, quads + 4 * j + 16, lane + 64 * j)
+            else:
+                for j in range(8):
+                    copy_i32(quads + 4 * j, lane + 64 * j)
+            put_half(record + plane_bytes + 2 * (inside % LANES), d)
+
+    return store_key
+
+
+def _put_as(kind: str) -> Any:
+    return word(void, [i64, f32x16], lambda b, p, x: emit_store_from_f32(b, p, x, kind.upper()))
+
+
+def make_store_value(kind: str) -> Any:
+    """store_value(x, page, inside, scratch): 64 floats into position `inside` of a V page. scratch: 32 bytes, not x."""
+    if kind in FLOATS:
+        size = FLOATS[kind]
+        put = _put_as(kind)
+
+        @kernel
+        def store_float_value(x, page, inside, scratch):  # type: ignore[no-untyped-def]
+            for d in range(0, HEAD_DIM, LANES):
+                put(page + (inside * HEAD_DIM + d) * size, vload(x + 4 * d))
+
+        return store_float_value
+
+    four = kind == "q4_0"
+    block_bytes = BLOCK // 2 if four else BLOCK
+
+    @kernel
+    def store_value(x, page, inside, scratch):  # type: ignore[no-untyped-def]
+        for block in range(HEAD_DIM // BLOCK):
+            source = x + 4 * BLOCK * block
+            to = page + (inside // 2 * (HEAD_DIM // BLOCK) + block) * 2 * block_bytes + inside % 2
+            d = half_scale(source, four)
+            inverse = half_inverse(d)
+            low, high = to_integers(source, inverse, four), to_integers(source + 4 * LANES, inverse, four)
+            if four:
+                vstore_i8(scratch, vto_i32(vfma(high, vsplat(f32(16.0)), low)))
+            else:
+                vstore_i8(scratch, vto_i32(low))
+                vstore_i8(scratch + LANES, vto_i32(high))
+            for i in range(block_bytes):
+                copy_i8(scratch + i, to + 2 * i)
+            put_half(page + PAGE * (HEAD_DIM // BLOCK) * block_bytes + 2 * (block * PAGE + inside), d)
+
+    return store_value
+
+
+def make_attention(key: str, value: str) -> tuple[Any, Any]:
+    """(store_kv, attention) of a pass, for a KV cache of these kinds (block.KV_BYTES)."""
+    store_key, store_value = make_store_key(key), make_store_value(value)
+    span_1, span_3, span_6 = (make_span(rows, key, value) for rows in (1, 3, ROW_TILE))
 
     @kernel
     def store_kv(block, layer, t, head, qkv, scratch):  # type: ignore[no-untyped-def]
@@ -295,20 +548,9 @@ def make_attention(element: str) -> tuple[Any, Any]:
         )
         inside = position % PAGE
         rope(row + 4 * HEAD_DIM * (heads + head), table, f32(1.0), scratch)
+        store_key(scratch, page, inside, scratch)
         value = row + 4 * HEAD_DIM * (heads + kv_heads + head)
-        to = page + get_i64(block + B.value_offset) + inside * HEAD_DIM * size
-        lane = page + (inside // 16 * HEAD_DIM * 16 + inside % 16) * size
-        if half:
-            for d in range(0, HEAD_DIM, 16):
-                vstore_half(scratch + 2 * d, vload(scratch + 4 * d))  # in place: writes stay behind reads
-                vstore_half(to + 2 * d, vload(value + 4 * d))
-            for d in range(HEAD_DIM):
-                copy_i16(scratch + 2 * d, lane + 32 * d)
-        else:
-            for d in range(0, HEAD_DIM, 16):
-                vstore(to + 4 * d, vload(value + 4 * d))
-            for d in range(HEAD_DIM):
-                put_f32(lane + 64 * d, get_f32(scratch + 4 * d))
+        store_value(value, page + get_i64(block + B.value_offset), inside, scratch)
 
     @kernel
     def any_span(rows, q, first_row, group, start, first, pages, offset, value_offset, s, parts):  # type: ignore[no-untyped-def]
@@ -329,7 +571,7 @@ def make_attention(element: str) -> tuple[Any, Any]:
         stride = (heads + 2 * kv_heads) * HEAD_DIM
         offset = layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
         q, s = scratch, scratch + 4 * ROW_TILE * HEAD_DIM
-        total = s + 4 * ROW_TILE * SPAN
+        total = s + SPAN_SCRATCH
         part = total + 4 * ROW_TILE * PART
         while first_row < end_row:
             left = end_row - first_row

@@ -83,15 +83,23 @@ SPAN = 512  # positions whose softmax is computed together; spans merge in order
 ROW_TILE = 6  # attention rows computed together
 PART = 16 + HEAD_DIM  # floats of a partial result: m, l, 14 unused, o[64]
 
+# Kinds of elements of a KV cache, K and V each: bytes of 32 dims of one position. A pair of kinds is one forward pass.
+KV_BYTES = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q4_0": 18}
+KV_PAIRS = {k if k == v else f"{k}_{v}": (k, v) for k in KV_BYTES for v in KV_BYTES}
+
 
 def f32_bits(value: float) -> int:
     """The bits of a float32 as an int."""
     return int(np.float32(value).view(np.int32))
 
 
-# A thread's scratch: attention's q, scores, partials and a copy of one head; then one row of max_k floats; then an
+# Where V is quantised: i16 weights of two blocks, one row of them in f32, a factor for each row and block.
+VALUES_SCRATCH = 2 * 2 * ROW_TILE * PAGE + 4 * PAGE + 64
+# Scratch of a span: scores, the above, int8 records of q (256 bytes a row).
+SPAN_SCRATCH = ROW_TILE * (4 * SPAN + 256) + VALUES_SCRATCH
+# A thread's scratch: attention's q, its span's, partials and a copy of one head; then one row of max_k floats; then an
 # unpacked row group.
-ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + SPAN + 2 * PART) + HEAD_DIM)
+ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + 2 * PART) + HEAD_DIM) + SPAN_SCRATCH
 
 
 def scratch_bytes(max_k: int) -> int:

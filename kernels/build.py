@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Iterable
 
+from .block import KV_PAIRS
 from .target import TIERS
 
-NAMES = """forward_f16 forward_f32 classify team_rouse team_run worker_loop
+NAMES = """forward_KIND forward_KIND_KIND (K and V of the cache) classify team_rouse team_run worker_loop
 matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
 read_STREAMS peak_int8 peak_f32 (measure the machine) rmsnorm swiglu rope quantise interleave (for tests alone)"""
 
@@ -27,7 +28,7 @@ def _function(name: str):  # type: ignore[no-untyped-def]
 
     kind, _, rest = name.partition("_")
     if kind == "forward":
-        return forward.make_forward(rest.upper()), forward.PASS
+        return forward.make_forward(*KV_PAIRS[rest]), forward.PASS
     if name == "classify":
         return forward.classify, forward.PASS
     if kind == "matmul":

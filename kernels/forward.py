@@ -135,9 +135,9 @@ def embed(block, counter, x, dim, unpacked):  # type: ignore[no-untyped-def]
         call_row(look_up, get_i64(w + W.panel), get_i64(w + W.blocks), token, x + 4 * t * dim, unpacked)
 
 
-def make_forward(element: str) -> Callable[..., None]:
-    """forward(block, tid) for a KV cache of "F16" or "F32"."""
-    store_kv, attention = make_attention(element)
+def make_forward(key: str, value: str) -> Callable[..., None]:
+    """forward(block, tid) for a KV cache of these kinds (block.KV_BYTES)."""
+    store_kv, attention = make_attention(key, value)
 
     @kernel
     def layer(block, i, counter, scratch, row, unpacked):  # type: ignore[no-untyped-def]

@@ -183,6 +183,20 @@ def _look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
     return value
 
 
+def emit_pairs(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """total[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1]: i32x16 and 32 x i16 each; exact while it fits i32."""
+    if TIER.dot.startswith("vnni"):
+        return _by_register(b, "llvm.x86.avx512.vpdpwssd.{bits}", V16I32, total, x, y)
+    if TIER.dot == "maddubs":
+        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
+        return b.add(total, _by_register(b, name, V16I32, x, y))
+    sixteen = const(V16I32, 16)
+    x, y = b.bitcast(x, V16I32), b.bitcast(y, V16I32)
+    odd = b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))
+    even = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
+    return b.add(total, b.add(even, odd))
+
+
 class Dots:
     """Sums of quad products of one scale group for some tokens; subclasses are instruction sets.
 

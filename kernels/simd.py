@@ -178,6 +178,19 @@ def emit_load_as_f32(b: ir.IRBuilder, address: ir.Value, element: str) -> ir.Val
     return b.bitcast(b.shl(b.zext(bits, V16I32), const(V16I32, 16)), V16F32)
 
 
+def emit_store_from_f32(b: ir.IRBuilder, address: ir.Value, value: ir.Value, element: str) -> None:
+    """f32x16 -> 16 neighbours as "F32", "F16" or "BF16", to nearest even."""
+    if element == "F16":
+        value = emit_f32_to_half(b, value)
+    elif element == "BF16":
+        bits = b.bitcast(value, V16I32)
+        odd = b.and_(b.lshr(bits, const(V16I32, 16)), const(V16I32, 1))
+        rounded = b.lshr(b.add(bits, b.add(odd, const(V16I32, 0x7FFF))), const(V16I32, 16))
+        kept = b.select(b.fcmp_unordered("uno", value, value), const(V16I32, 0x7FC0), rounded)  # NaN stays NaN
+        value = b.trunc(kept, ir.VectorType(I16, LANES))
+    store(b, address, value)
+
+
 def broadcast_f32(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """One f32 of memory in all lanes (an embedded broadcast on AVX-512)."""
     return splat(b, load(b, address, F32))
@@ -218,8 +231,10 @@ put_i32 = word(void, [i64, i32], store)
 put_f32 = word(void, [i64, f32], store)
 
 vload = word(f32x16, [i64], lambda b, p: load(b, p, V16F32))
+vload_half = word(f32x16, [i64], lambda b, p: emit_load_as_f32(b, p, "F16"))
 vstore = word(void, [i64, f32x16], store)
 vstore_half = word(void, [i64, f32x16], lambda b, p, v: store(b, p, emit_f32_to_half(b, v)))
+vstore_i16 = word(void, [i64, i32x16], lambda b, p, v: store(b, p, b.trunc(v, ir.VectorType(I16, LANES))))
 vstore_i8 = word(void, [i64, i32x16], lambda b, p, v: store(b, p, b.trunc(v, ir.VectorType(I8, LANES))))
 vsplat = word(f32x16, [f32], splat)
 vfma = word(f32x16, [f32x16, f32x16, f32x16], emit_fma)

@@ -83,7 +83,7 @@ def load(
         context: positions of the KV cache; None: the model's own, bounded by memory.
         threads: None: one per physical core.
         quantize: "q4_0" or "q8_0" quantises safetensors weights; None keeps them.
-        kv: "f16" or "f32" cache.
+        kv: elements of the KV cache: "f32", "f16", "bf16", "q8_0" or "q4_0"; "q8_0,q4_0" for keys and values apart.
         precision: "fast" (int8 activations) or "exact" (two int8 terms).
         speculate: "lookup" guesses the next ids from earlier ones of prompt and answer, and checks several in one pass:
             answers that quote (a summary, edited code) come faster. Every answer stays what it is, bit for bit.

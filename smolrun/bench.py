@@ -33,7 +33,7 @@ from smolrun.kernels import load, target
 from smolrun.kernels.block import PAGE
 from smolrun.kernels.panels import ROWS
 from smolrun.model.llama import Llama
-from smolrun.model.memory import SEGMENTS, Arena
+from smolrun.model.memory import SEGMENTS, Arena, page_bytes
 from smolrun.model.workers import available_cores
 from smolrun.peer import Peer
 from smolrun.text.tokenizer import Tokenizer
@@ -311,7 +311,7 @@ def bytes_per_token(checkpoint: Checkpoint, test: Case, kv: str) -> int:
     if not config.tied:
         weights -= checkpoint.tensors["token_embd.weight"].raw.nbytes
     positions = test.depth + (test.size + 1) / 2  # the mean over the run
-    return round(weights / test.batch + positions * 2 * config.n_layers * config.kv_dim * {"f16": 2, "f32": 4}[kv])
+    return round(weights / test.batch + positions * page_bytes(config, kv) / PAGE)
 
 
 def measure(

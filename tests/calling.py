@@ -20,7 +20,7 @@ from smolrun.kernels.target import TIERS, Tier, runnable, token_tile
 
 POINTWISE = ("rmsnorm", "swiglu", "rope", "quantise", "interleave", "half")
 NAMES = [*dict.fromkeys(c.name for c in CASES), *(f"row_{f}" for f in (*FLOATS, *QUANTS)), *POINTWISE]
-MODEL = ("forward_f16", "forward_f32", "classify", "team_rouse", "team_run", "worker_loop")
+MODEL = ("forward_f16", "forward_f32", "forward_q4_0_q8_0", "classify", "team_rouse", "team_run", "worker_loop")
 GUARD = 0xA5  # fills what a kernel must not write
 
 

@@ -213,8 +213,29 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return p / p.sum(axis=2, keepdims=True) @ v
 
 
-def forward(config: ModelConfig, weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
-    """The exact model in float64: logits (len(ids), vocab_size). weights: canonical names, half-split q and k rows."""
+def stored(x: np.ndarray, kind: str) -> np.ndarray:
+    """Keys or values (..., 64) as a KV cache of a kind gives them back: blocks of 32, scales rounded to f16 first."""
+    x = x.astype(np.float32)
+    if kind in ("f32", "f16"):
+        return x.astype({"f32": np.float32, "f16": np.float16}[kind]).astype(np.float64)
+    if kind == "bf16":
+        bits = x.view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
+    d = {"q8_0": np.abs(largest) / np.float32(127), "q4_0": largest / np.float32(-8)}[kind].astype(np.float16)
+    low, high = {"q8_0": (-127, 127), "q4_0": (-8, 7)}[kind]
+    safe = np.where(d == 0, 1, d).astype(np.float64)
+    q = np.where(d == 0, 0, np.rint(blocks / safe).clip(low, high))
+    return (q * d.astype(np.float64)).reshape(x.shape)
+
+
+def forward(
+    config: ModelConfig, weights: dict[str, np.ndarray], ids: list[int], kv: tuple[str, str] = ("f32", "f32")
+) -> np.ndarray:
+    """The exact model in float64: logits (len(ids), vocab_size). weights: canonical names, half-split q and k rows; kv:
+    what holds keys and values.
+    """
     c, n = config, len(ids)
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     angle = angles(np.arange(n), c.rope_theta)
@@ -227,7 +248,10 @@ def forward(config: ModelConfig, weights: dict[str, np.ndarray], ids: list[int])
         layer = {name.split(".")[2]: value for name, value in w.items() if name.startswith(f"blk.{i}.")}
         h = rmsnorm(x, layer["attn_norm"], c.norm_eps)
         q, k, v = (heads(matmul(layer[name], h)) for name in ("attn_q", "attn_k", "attn_v"))
-        out = attention(rope(q, angle), rope(k, angle), v)
+        q = rope(q, angle)
+        if kv[0] in ("q8_0", "q4_0"):  # its scores are an int8 matmul of two terms
+            q = seen(q.reshape(-1, HEAD_DIM), 2).reshape(q.shape)
+        out = attention(q, stored(rope(k, angle), kv[0]), stored(v, kv[1]))
         x = x + matmul(layer["attn_output"], out.swapaxes(0, 1).reshape(n, -1))
         h = rmsnorm(x, layer["ffn_norm"], c.norm_eps)
         x = x + matmul(layer["ffn_down"], swiglu(matmul(layer["ffn_gate"], h), matmul(layer["ffn_up"], h)))

@@ -306,6 +306,7 @@ def test_errors_are_one_line(run: Run, models: list[FakeLLM], monkeypatch: pytes
         ["nope"],
         ["generate", "--nope"],
         ["generate", "--kv", "q1"],
+        ["generate", "--kv", "q8_0,,"],
         ["chat", "a", "b"],
         ["generate", "--temperature=-1", "x"],
     ],
@@ -487,6 +488,8 @@ def test_info(run: Run, tmp_path: Path) -> None:
     assert memory["context"] == 128 and memory["total"] == memory["weights"] + memory["kv"] + memory["scratch"]
     kv_heads = facts["architecture"]["n_kv_heads"]
     assert memory["kv"] == 128 * 2 * facts["architecture"]["n_layers"] * kv_heads * 64 * 4
+    _, out, _ = run("info", str(files.gguf), "--json", "--context", "128", "--kv", "q8_0,q4_0")
+    assert json.loads(out)["memory"]["kv"] == memory["kv"] * (34 + 18) // (2 * 128)
     code, out, _ = run("info", str(files.folder))
     assert code == 0 and f"{facts['parameters']:,}" in out
 

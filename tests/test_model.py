@@ -21,6 +21,7 @@ from smolrun.errors import ContextOverflow, KernelError, ModelClosed, OptionErro
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.kernels import load as kernels
 from smolrun.kernels.target import runnable
+from smolrun.model import memory
 from smolrun.model.cache import CacheFull
 from smolrun.model.llama import Cancelled, Llama
 from tiny import Tiny, make_tiny
@@ -146,7 +147,39 @@ def test_a_long_context_is_that_of_the_naive_model(tiny: Tiny, load: Load) -> No
     assert np.abs(logits - truth).max() <= 1e-4 * truth.std()
 
 
-# precision -> greedy ids and a hash of the logits: on every tier, thread count and operating system
+KV_KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
+KV_PAIRS = ("q4_0,q8_0", "q8_0,bf16", "bf16,q4_0")  # every kind but f32 and f16, which the other tests use, on both sides
+
+
+@pytest.mark.parametrize("kv", KV_PAIRS)
+def test_cache_elements_are_those_of_the_naive_model(kv: str, tmp_path: Path, load: Load) -> None:
+    """Rounded as the truth rounds them, in one layer: a tie that falls the other way would spread through the next."""
+    made = make_tiny(tmp_path, fmt="Q4_0", embd_fmt="Q8_0", n_layers=1)
+    ids = some_ids(560)
+    k, v = kv.split(",")
+    model = load(made.gguf, precision="f32", kv=kv)
+    found = model.logits(hidden(model, ids))
+
+    def error(kv: tuple[str, str]) -> float:
+        truth = naive.forward(made.config, made.weights, ids, kv)
+        return float(np.median(np.abs(found - truth).max(axis=1)) / truth.std())
+
+    budget = 4e-4 if v in ("q8_0", "q4_0") else 2e-5  # weights of a quantised V are rounded to i16
+    assert error((k, v)) <= budget
+    for other in ((k, "f32"), ("f32", v)):  # the budget tells the kinds apart
+        assert error(other) > 2 * budget
+
+
+def test_cache_elements_take_the_memory_they_say(tiny: Tiny) -> None:
+    sizes = {}
+    for kind in KV_KINDS:
+        sizes[kind] = memory.page_bytes(tiny.config, kind)
+        k, v = memory.head_bytes(f"{kind},f16")
+        assert sizes[kind] == tiny.config.n_layers * tiny.config.n_kv_heads * 2 * k and v == 64 * 64 * 2
+    assert [64 * sizes[kind] // sizes["f16"] for kind in KV_KINDS] == [128, 64, 64, 34, 18]
+
+
+# precision (and cache) -> greedy ids and a hash of the logits: on every tier, thread count and operating system
 # fmt: off
 GOLDEN: dict[str, tuple[list[int], str]] = {
     "fast": ([104, 104, 104, 185, 104, 185, 219, 22, 152, 110, 156, 125, 184, 304, 217, 43, 81, 90, 265, 63, 248, 247],
@@ -155,18 +188,22 @@ GOLDEN: dict[str, tuple[list[int], str]] = {
               "0b2af10b129ea539"),
     "f32": ([104, 104, 104, 185, 104, 185, 219, 22, 152, 110, 156, 125, 184, 304, 217, 43, 81, 90, 265, 63, 248, 247],
             "733834674ac1755f"),
+    "fast q4_0,q8_0": (
+        [104, 185, 199, 315, 185, 18, 126, 203, 35, 240, 46, 214, 262, 126, 265, 271, 207, 100, 231, 132, 84, 284],
+        "1ccf0a26cb4b486d"),
 }
 # fmt: on
 
 
-@pytest.mark.parametrize("precision", GOLDEN)
+@pytest.mark.parametrize("case", GOLDEN)
 @pytest.mark.parametrize("tier", [t.name for t in runnable()])
 @pytest.mark.usefixtures("compiled")
-def test_golden(tier: str, precision: str, tiny: Tiny, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden(tier: str, case: str, tiny: Tiny, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOLRUN_TIER", tier)
-    model = load(tiny.gguf, precision=precision, kv="f16")
+    precision, _, kv = case.partition(" ")
+    model = load(tiny.gguf, precision=precision, kv=kv or "f16")
     assert model.tier.name == tier
-    ids, digest = GOLDEN[precision]
+    ids, digest = GOLDEN[case]
     logits = model.logits(hidden(model, PROMPT))
     assert greedy(model, PROMPT, len(ids)) == ids
     assert hashlib.sha256(logits.astype("<f4").tobytes()).hexdigest()[:16] == digest
@@ -175,8 +212,10 @@ def test_golden(tier: str, precision: str, tiny: Tiny, load: Load, monkeypatch: 
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv", ["f16", "f32"])
-@pytest.mark.parametrize("precision", ["fast", "exact", "f32"])
+@pytest.mark.parametrize(
+    ("precision", "kv"),
+    [*((p, kv) for p in ("fast", "exact", "f32") for kv in ("f16", "f32")), *(("fast", kv) for kv in KV_PAIRS)],
+)
 def test_bits_do_not_depend_on_the_way(precision: str, kv: str, tiny: Tiny, load: Load) -> None:
     """Prefill, chunks, single tokens, threads and a reused prefix."""
     ids = some_ids(600)
@@ -448,7 +487,8 @@ def test_ids_that_are_refused(ids: list[int], tiny: Tiny, load: Load) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "best"}, {"kv": "q8_0"}, {"threads": 0}, {"threads": 257}, {"context": 0}, {"context": 4096},
+    [{"precision": "best"}, {"kv": "q5_0"}, {"kv": ""}, {"kv": "F16"},
+     {"kv": "q8_0,"}, {"kv": "f16,f16,f16"}, {"kv": 8}, {"threads": 0}, {"threads": 257}, {"context": 0}, {"context": 4096},
      {"quantize": "q3"}, {"quantize": "q8_0"}],
 )  # fmt: skip
 def test_options_that_are_refused(options: dict[str, Any], tiny: Tiny, load: Load) -> None:

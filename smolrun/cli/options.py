@@ -50,13 +50,32 @@ verbose_option = click.option(
     help="Speeds on stderr; a traceback with an error.",
 )
 
+
+
+def _kv(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The value, if the cache can hold such elements."""
+    if value is not None:
+        from smolrun.model.memory import kv_kinds
+
+        try:
+            kv_kinds(value)
+        except OptionError as error:
+            raise click.BadParameter(str(error)) from error
+    return value
+
+
 _LOAD = {
     "context": click.option("--context", type=int, metavar="N", help="Tokens of prompt and answer [model's own]."),
     "threads": click.option("--threads", type=int, metavar="N", help="Threads to compute with [as the CPU has cores]."),
     "quantize": click.option(
         "--quantize", type=click.Choice(["q4_0", "q8_0"]), help="Shrink safetensors weights while loading."
     ),
-    "kv": click.option("--kv", type=click.Choice(["f16", "f32"]), help="Format of the attention cache [f16]."),
+    "kv": click.option(
+        "--kv",
+        metavar="KIND[,KIND]",
+        callback=_kv,
+        help="Attention cache: f32, f16, bf16, q8_0 or q4_0; two for keys and values apart [f16].",
+    ),
     "precision": click.option(
         "--precision", type=click.Choice(["fast", "exact"]), help="Activations in one or two int8 terms [fast]."
     ),

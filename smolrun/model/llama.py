@@ -11,7 +11,7 @@ from smolrun.config import ModelConfig
 from smolrun.errors import KernelError, ModelClosed, OptionError
 from smolrun.files.checkpoint import Checkpoint
 from smolrun.kernels import load as kernels
-from smolrun.kernels.block import LINE, MATRICES, PAGE, PART, PHASES, SPAN, B, S, f32_bits
+from smolrun.kernels.block import LINE, MATRICES, PART, PHASES, SPAN, B, S, f32_bits
 from smolrun.kernels.panels import PANELS, ROWS
 from smolrun.kernels.target import choose, token_tile
 from smolrun.model import memory, rope
@@ -68,8 +68,8 @@ class Llama:
         """As smolrun.load; `team`: that of a model whose passes never overlap with this one's, None: an own one."""
         if precision not in PRECISION:
             raise OptionError(f"precision={precision!r}: expected one of {', '.join(PRECISION)}")
-        if kv not in memory.KV_SIZE:
-            raise OptionError(f"kv={kv!r}: expected one of {', '.join(memory.KV_SIZE)}")
+        key, value = memory.kv_kinds(kv)
+        forward = f"forward_{key}" if key == value else f"forward_{key}_{value}"
         c = checkpoint.config
         self.config: ModelConfig = c
         self.threads = team.threads if team is not None else available_cores() if threads is None else threads
@@ -86,7 +86,7 @@ class Llama:
         def matmul(fmt: str, n: int) -> str:
             return f"matmul_{fmt}_{MODES[n]}"
 
-        names = [f"forward_{kv}", "classify", "team_rouse", "team_run", "worker_loop"]
+        names = [forward, "classify", "team_rouse", "team_run", "worker_loop"]
         names.append(f"row_{formats['token_embd.weight']}")
         names += sorted({matmul(m.format, terms(m.format, kind_of(name))) for name, m in matrices.items()})
         try:
@@ -113,7 +113,7 @@ class Llama:
         sizes["logits"] = 4 * self._logit_rows * ROWS * int(self.weights.head[2])
         self._span_bytes = 4 * c.n_heads * PART
         self._arena = memory.Arena(sizes)
-        code["forward"] = code[f"forward_{kv}"]
+        code["forward"] = code[forward]
         self._jobs = {job: code[job] for job in ("forward", "classify")}
         self._own_team = team is None
         self._team: Team | None = Team(code, self.threads) if team is None else team
@@ -129,8 +129,8 @@ class Llama:
         return wanted
 
     def _fill(self, code: dict[str, int], sizes: dict[str, int]) -> NDArray[np.int64]:
-        c, size = self.config, memory.KV_SIZE[self.kv]
-        head_bytes = 2 * PAGE * c.head_dim * size
+        c = self.config
+        key_bytes, value_bytes = memory.head_bytes(self.kv)
         embed = "row_" + next(n for n in code if n.startswith("row_")).removeprefix("row_")
         values: dict[str, int] = {
             "threads": self.threads,
@@ -145,9 +145,9 @@ class Llama:
             "tile_2": token_tile(self.tier, 2),
             "max_k": max(c.dim, c.hidden_dim, c.q_dim),
             "scratch_bytes": sizes["scratch"] // self.threads,
-            "head_bytes": head_bytes,
-            "layer_bytes": c.n_kv_heads * head_bytes,
-            "value_offset": PAGE * c.head_dim * size,
+            "head_bytes": key_bytes + value_bytes,
+            "layer_bytes": c.n_kv_heads * (key_bytes + value_bytes),
+            "value_offset": key_bytes,
             "layers": self.weights.layers.ctypes.data,
             "final_norm": self.weights.final_norm,
             "embed_row": code[embed],

@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
-from smolrun.errors import SmolrunError
-from smolrun.kernels.block import HEAD_DIM, PAGE, PART, SPAN, S, scratch_bytes
+from smolrun.errors import OptionError, SmolrunError
+from smolrun.kernels.block import HEAD_DIM, KV_BYTES, PAGE, PART, SPAN, S, scratch_bytes
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
 from smolrun.kernels.target import RECORD_BYTES
 
 LEAST_CONTEXT = 512  # positions; the default goes no lower, however little memory there is
-KV_SIZE = {"f32": 4, "f16": 2}
 CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
 SEGMENTS = 32  # sequences of one pass
 
@@ -42,9 +41,28 @@ def panel_bytes(name: str, rows: int, cols: int) -> int:
     return int(-(-rows // ROWS) * (cols // BLOCK // panel.blocks) * panel.record_bytes)
 
 
+def kv_kinds(kv: str) -> tuple[str, str]:
+    """Kinds of K and of V from "KIND" for both or "KIND,KIND".
+
+    Raises:
+        OptionError: not one or two known kinds.
+    """
+    kinds = kv.split(",") if isinstance(kv, str) else []
+    if not 1 <= len(kinds) <= 2 or not set(kinds) <= KV_BYTES.keys():
+        raise OptionError(f"kv={kv!r}: expected one of {', '.join(KV_BYTES)}, or two for K and V as in 'q8_0,q4_0'")
+    return kinds[0], kinds[-1]
+
+
+def head_bytes(kv: str) -> tuple[int, int]:
+    """Bytes of K and of V of one head in a page of 64 positions."""
+    k, v = kv_kinds(kv)
+    blocks = PAGE * HEAD_DIM // BLOCK
+    return blocks * KV_BYTES[k], blocks * KV_BYTES[v]
+
+
 def page_bytes(config: ModelConfig, kv: str) -> int:
     """Bytes of one KV page: 64 positions of every layer and head, K and V."""
-    return int(config.n_layers * config.n_kv_heads * 2 * PAGE * HEAD_DIM * KV_SIZE[kv])
+    return int(config.n_layers * config.n_kv_heads * sum(head_bytes(kv)))
 
 
 def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, context: int) -> dict[str, int]:
@@ -76,7 +94,7 @@ def estimate(
         config: the model.
         tensors: (format, rows, cols) of every weight matrix.
         context: positions.
-        kv: format of the KV cache.
+        kv: kinds of the KV cache, see `kv_kinds`.
         threads: workers; each has its scratch.
     """
     weights = sum(panel_bytes(name, rows, cols) for name, rows, cols in tensors)
