@@ -9,9 +9,8 @@ Each is stored as f32, f16, bf16, or in blocks of 32 dims of a position as q8_0 
 for the x of largest magnitude), d rounded to f16 first. Their page is
 
     K  4 row groups of the panel Q8_0 or Q4_0 (panels.py), a position a row: scores are its matmul, q in two int8 terms
-    V  [32 pairs of positions][64 dims][2 positions] i8, or for q4_0 [32 pairs][2 blocks][16][2 positions] with dim i + 8 in
-       the low and dim i + 16 of the block + 8 in the high nibble; then [2 blocks][64 positions] f16 d, which multiply the
-       softmax's weights
+    V  [32 pairs of positions][64 dims][2 positions] i8; for q4_0 [32 pairs][2 blocks][16 dims][2 positions] nibbles of
+       q + 8, dim i low and dim i + 16 high; then [2 blocks][64 positions] f16 d, which multiply the softmax's weights
 
 A row is one query head of one token. Rows that share a KV head and a page table are computed together and share its
 loads. Scores of a span of 512 positions give a partial (m, l, o): maximum, sum of exp, weighted sum of V. Partials
@@ -27,7 +26,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .block import HEAD_DIM, PAGE, PART, ROW_TILE, SPAN, SPAN_SCRATCH, VALUES_SCRATCH, B, S
+from .block import HEAD_DIM, KV_BYTES, PAGE, PART, ROW_TILE, SPAN, SPAN_SCRATCH, VALUES_SCRATCH, B, S
 from .jit import TIER, kernel
 from .matmul import emit_pairs, make_tile
 from .panels import BLOCK, PANELS
@@ -96,6 +95,7 @@ put_half = word(void, [i64, f32], lambda b, p, x: store(b, p, _first(b, emit_f32
 
 MINUS_INFINITY = float("-inf")
 FLOATS = {"f32": 4, "f16": 2, "bf16": 2}  # kinds of elements that are floats, and their bytes
+AHEAD = 3  # pages of K or V that are prefetched ahead: one is read in less time than memory takes to answer
 WIDTH = 4 if TIER.row_lanes == 16 else 1  # vectors of positions (scores) or of dims (values) held per row
 Q_RECORD = 2 * RECORD_BYTES  # a block of a query in two int8 terms
 
@@ -141,7 +141,7 @@ def make_scores(rows: int, kind: str) -> Any:
 
     q: f32 (rows, 64), or their records where K is quantised; s: f32 rows, SPAN floats apart. All 4 groups of a page are
     computed where registers allow it.
-    next: address of what is read next, as many bytes as the page's K. A page is a new stream for the hardware, which
+    next: address of what is read soon, as many bytes as the page's K. A page is a new stream for the hardware, which
     fetches ahead only within one: without this, decode at depth read the cache at a third of the memory's speed.
     """
     if kind not in FLOATS:
@@ -198,7 +198,8 @@ def _make_panel_scores(rows: int, kind: str) -> Any:
 def make_values(rows: int, kind: str) -> Any:
     """values(p, v_page, count, o, next, scratch): o[r] += sum over positions i < count of p[r][i] * V[i].
 
-    p: f32 rows, SPAN floats apart; o: f32 rows, PART floats apart; next: as for `scores`; scratch: VALUES_SCRATCH bytes.
+    p: f32 rows, SPAN floats apart; o: f32 rows, PART floats apart; next: as for `scores`; scratch: VALUES_SCRATCH
+    bytes.
     """
     if kind not in FLOATS:
         return _make_integer_values(rows, kind)
@@ -344,17 +345,27 @@ def finish(part, out):  # type: ignore[no-untyped-def]
         vstore(out + 4 * d, vload(part + 4 * (16 + d)) / total)
 
 
+@kernel
+def part_of_span(pages, first, count, i, page_offset, value_offset, value_bytes):  # type: ignore[no-untyped-def]
+    """Address of what a span reads as number i: its `count` pages of K, those of V, then the next head's K."""
+    page = get_i64(pages + (first // PAGE + i % count) * 8) + page_offset
+    if i < count:
+        return page
+    return page + value_offset + (0 if i < 2 * count else value_bytes)
+
+
 def make_span(rows: int, key: str, value: str) -> Any:
     """span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts): partials of `rows` rows over
     one span.
 
     Row r is head (first_row + r) % group of the token at position start + (first_row + r) // group. q: f32 (rows, 64),
     rotated and scaled. first: first position of the span. pages: addresses of the sequence's pages; page_offset: this
-    layer and head inside a page. s: scratch of SPAN_SCRATCH bytes: scores f32 (rows, SPAN), that of `values`, records of q.
-    parts: f32 (rows, PART). Rows that see nothing of the span get l = 0 and are not to be merged.
+    layer and head inside a page. s: scratch of SPAN_SCRATCH bytes: scores f32 (rows, SPAN), that of `values`, records
+    of q. parts: f32 (rows, PART). Rows that see nothing of the span get l = 0 and are not to be merged.
     """
     scores, values = make_scores(rows, key), make_values(rows, value)
     quantised = key not in FLOATS
+    value_bytes = PAGE * HEAD_DIM // BLOCK * KV_BYTES[value]
 
     @kernel
     def span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts):  # type: ignore[no-untyped-def]
@@ -366,14 +377,12 @@ def make_span(rows: int, key: str, value: str) -> Any:
             for r in range(rows):
                 quantise(q + 4 * HEAD_DIM * r, HEAD_DIM, 2, records + Q_RECORD * r, Q_RECORD * rows)
         operand = records if quantised else q
-        top = get_i64(pages + first // PAGE * 8) + page_offset
-        page = top
-        for i in range(0, filled, PAGE):
-            following = top + value_offset
-            if i + PAGE < filled:
-                following = get_i64(pages + (first + i + PAGE) // PAGE * 8) + page_offset
-            scores(operand, page, (min(filled - i, PAGE) + LANES - 1) // LANES, s + 4 * i, following)
-            page = following
+        count = (filled + PAGE - 1) // PAGE
+        for i in range(count):
+            groups = (min(filled - i * PAGE, PAGE) + LANES - 1) // LANES
+            page = part_of_span(pages, first, count, i, page_offset, value_offset, value_bytes)
+            ahead = part_of_span(pages, first, count, i + AHEAD, page_offset, value_offset, value_bytes)
+            scores(operand, page, groups, s + 4 * PAGE * i, ahead)
         padded = (filled + LANES - 1) // LANES * LANES
         for r in range(rows):
             limit = min(start + (first_row + r) // group + 1 - first, SPAN)
@@ -386,14 +395,10 @@ def make_span(rows: int, key: str, value: str) -> Any:
                 put_f32(part + 4, f32(0.0))
                 for j in range(0, padded, LANES):
                     vstore(s + 4 * (SPAN * r + j), vsplat(f32(0.0)))
-        page = top
-        for i in range(0, filled, PAGE):
-            following = page
-            if i + PAGE < filled:
-                following = get_i64(pages + (first + i + PAGE) // PAGE * 8) + page_offset
-            count = min(filled - i, PAGE)
-            values(s + 4 * i, page + value_offset, count, parts + 4 * 16, following + value_offset, scaled)
-            page = following
+        for i in range(count):
+            page = part_of_span(pages, first, count, count + i, page_offset, value_offset, value_bytes)
+            ahead = part_of_span(pages, first, count, count + i + AHEAD, page_offset, value_offset, value_bytes)
+            values(s + 4 * PAGE * i, page, min(filled - i * PAGE, PAGE), parts + 4 * 16, ahead, scaled)
 
     return span
 
@@ -444,7 +449,10 @@ def to_integers(x, inverse, four_bits):  # type: ignore[no-untyped-def]
 
 
 def make_store_key(kind: str) -> Any:
-    """store_key(x, page, inside, scratch): 64 floats into position `inside` of a K page. scratch: 256 bytes, may be x."""
+    """store_key(x, page, inside, scratch): 64 floats into position `inside` of a K page.
+
+    scratch: 256 bytes, may be x.
+    """
     if kind in FLOATS:
         size = FLOATS[kind]
         put = _put_as(kind)

@@ -148,7 +148,11 @@ def test_a_long_context_is_that_of_the_naive_model(tiny: Tiny, load: Load) -> No
 
 
 KV_KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
-KV_PAIRS = ("q4_0,q8_0", "q8_0,bf16", "bf16,q4_0")  # every kind but f32 and f16, which the other tests use, on both sides
+KV_PAIRS = (
+    "q4_0,q8_0",
+    "q8_0,bf16",
+    "bf16,q4_0",
+)  # those that other tests do not use, on both sides
 
 
 @pytest.mark.parametrize("kv", KV_PAIRS)
@@ -488,7 +492,8 @@ def test_ids_that_are_refused(ids: list[int], tiny: Tiny, load: Load) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"precision": "best"}, {"kv": "q5_0"}, {"kv": ""}, {"kv": "F16"},
-     {"kv": "q8_0,"}, {"kv": "f16,f16,f16"}, {"kv": 8}, {"threads": 0}, {"threads": 257}, {"context": 0}, {"context": 4096},
+     {"kv": "q8_0,"}, {"kv": "f16,f16,f16"}, {"kv": 8},
+     {"threads": 0}, {"threads": 257}, {"context": 0}, {"context": 4096},
      {"quantize": "q3"}, {"quantize": "q8_0"}],
 )  # fmt: skip
 def test_options_that_are_refused(options: dict[str, Any], tiny: Tiny, load: Load) -> None:

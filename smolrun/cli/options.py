@@ -51,7 +51,6 @@ verbose_option = click.option(
 )
 
 
-
 def _kv(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """The value, if the cache can hold such elements."""
     if value is not None:
