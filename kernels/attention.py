@@ -76,7 +76,7 @@ from .simd import (
     word,
 )
 from .target import RECORD_BYTES, token_tile
-from .team import claim
+from .team import claim, done
 
 i64 = types.int64
 prefetch = word(void, [i64], emit_prefetch)
@@ -628,11 +628,11 @@ def make_attention(key: str, value: str) -> tuple[Any, Any]:
 
     @kernel
     def attention(block, layer, counter, qkv, scratch):  # type: ignore[no-untyped-def]
-        """All segments; their items are claimed through one counter, segment after segment."""
+        """All segments, their items claimed through one counter, one after the other. Returns how many there are."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
         group = heads // kv_heads
         segment, before = get_i64(block + B.segments), 0
-        i = claim(counter, 0, 1)
+        i = claim(counter, 1)
         for _ in range(get_i64(block + B.n_segments)):
             count = get_i64(segment + S.count)
             rows = count * group
@@ -648,8 +648,10 @@ def make_attention(key: str, value: str) -> tuple[Any, Any]:
                     # the longest rows first, so that the last claim is a short one
                     row = (tiles - 1 - part) * ROW_TILE
                     attend_rows(block, segment, layer, head, row, min(rows, row + ROW_TILE), first, scratch)
-                i = claim(counter, 0, 1)
+                done(counter, 1)
+                i = claim(counter, 1)
             before += items
             segment += 8 * S.size
+        return before
 
     return store_kv, attention

@@ -11,8 +11,8 @@
               prepare, down   gate -> act; x += act                tokens; row groups
     norm                      x -> out                             tokens
 
-A barrier ends each phase. `classify` is a second entry: prefill needs logits of its last token only, and the classifier
-is 21 % of the 135M weights.
+A phase ends when all of its items are done, whoever did them (team.py). `classify` is a second entry: prefill needs
+logits of its last token only, and the classifier is 21 % of the 135M weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
 from .simd import call_word, get_f32, get_i64, i64, void
 from .target import RECORD_BYTES
-from .team import barrier, claim
+from .team import claim, done, wait
 
 call_matmul = call_word(void, MATMUL.args)
 call_row = call_word(void, ROW.args)
@@ -63,13 +63,15 @@ def multiply(block, w, counter, y, y_stride, add, scratch):  # type: ignore[no-u
     groups, step = get_i64(w + W.groups), get_i64(w + W.step)
     act = activations(block, w)
     while True:
-        g = claim(counter, 0, step)
+        g = claim(counter, step)
         if g >= groups:
             return
+        end = min(g + step, groups)
         call_matmul(
-            get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, min(g + step, groups),
+            get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end,
             act, get_i64(block + B.n), y, y_stride, add, scratch,
         )  # fmt: skip
+        done(counter, end - g)
 
 
 @kernel
@@ -80,7 +82,7 @@ def gated(block, layer, counter, scratch):  # type: ignore[no-untyped-def]
     n, hidden = get_i64(block + B.n), get_i64(block + B.hidden_dim)
     groups, step = get_i64(wg + W.groups), get_i64(wg + W.step)
     while True:
-        g = claim(counter, 0, step)
+        g = claim(counter, step)
         if g >= groups:
             return
         end = min(g + step, groups)
@@ -92,6 +94,7 @@ def gated(block, layer, counter, scratch):  # type: ignore[no-untyped-def]
         for t in range(n):
             first = 4 * (t * hidden + 16 * g)
             swiglu(gate + first, up + first, 16 * (end - g))
+        done(counter, end - g)
 
 
 @kernel
@@ -108,7 +111,7 @@ def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):
         terms = max(terms, t)
         floats += t == 0
     while True:
-        t = claim(counter, 0, 1)
+        t = claim(counter, 1)
         if t >= get_i64(block + B.n):
             return
         x = rows + 4 * t * stride
@@ -120,6 +123,7 @@ def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):
             rmsnorm(x, norm, k, get_f32(block + B.eps), row)
             x = row
         prepare(block, x, k, t, terms, floats)
+        done(counter, 1)
 
 
 @kernel
@@ -127,12 +131,13 @@ def embed(block, counter, x, dim, unpacked):  # type: ignore[no-untyped-def]
     """x = rows of the embedding, tokens claimed."""
     w = get_i64(block + B.embed)
     while True:
-        t = claim(counter, 0, 1)
+        t = claim(counter, 1)
         if t >= get_i64(block + B.n):
             return
         token = get_i64(get_i64(block + B.ids) + 8 * t)
         look_up = get_i64(block + B.embed_row)
         call_row(look_up, get_i64(w + W.panel), get_i64(w + W.blocks), token, x + 4 * t * dim, unpacked)
+        done(counter, 1)
 
 
 def make_forward(key: str, value: str) -> Callable[..., None]:
@@ -142,7 +147,7 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
     @kernel
     def layer(block, i, counter, scratch, row, unpacked):  # type: ignore[no-untyped-def]
         """One layer; counter: its first claim counter. Returns 1 when the pass was cancelled."""
-        team, threads, n = get_i64(block + B.team), get_i64(block + B.threads), get_i64(block + B.n)
+        team, n = get_i64(block + B.team), get_i64(block + B.n)
         dim, hidden = get_i64(block + B.dim), get_i64(block + B.hidden_dim)
         x, qkv, gate = get_i64(block + B.x), get_i64(block + B.qkv), get_i64(block + B.gate)
         kv_heads = get_i64(block + B.n_kv_heads)
@@ -151,74 +156,74 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         w = get_i64(block + B.layers) + i * LAYER.bytes
 
         prepare_rows(block, counter, x, dim, dim, get_i64(w + LAYER.attn_norm), w + LAYER.q, 3, 0, row)
-        if barrier(team, threads):
+        if wait(team, counter, n):
             return 1
         multiply(block, w + LAYER.q, counter + LINE, qkv, width, 0, unpacked)
         multiply(block, w + LAYER.k, counter + 2 * LINE, qkv + 4 * q_dim, width, 0, unpacked)
         multiply(block, w + LAYER.v, counter + 3 * LINE, qkv + 4 * (q_dim + kv_dim), width, 0, unpacked)
-        if barrier(team, threads):
-            return 1
+        for m, matrix in ((1, LAYER.q), (2, LAYER.k), (3, LAYER.v)):
+            if wait(team, counter + m * LINE, get_i64(w + matrix + W.groups)):
+                return 1
         while True:
-            item = claim(counter, 4, 1)
+            item = claim(counter + 4 * LINE, 1)
             if item >= n * kv_heads:
                 break
             store_kv(block, i, item // kv_heads, item % kv_heads, qkv, scratch)
-        if barrier(team, threads):
+            done(counter + 4 * LINE, 1)
+        if wait(team, counter + 4 * LINE, n * kv_heads):
             return 1
-        attention(block, i, counter + 5 * LINE, qkv, scratch)
-        if barrier(team, threads):
+        items = attention(block, i, counter + 5 * LINE, qkv, scratch)
+        if wait(team, counter + 5 * LINE, items):
             return 1
         prepare_rows(block, counter + 6 * LINE, qkv, width, q_dim, 0, w + LAYER.o, 1, 1, row)
-        if barrier(team, threads):
+        if wait(team, counter + 6 * LINE, n):
             return 1
         multiply(block, w + LAYER.o, counter + 7 * LINE, x, dim, 1, unpacked)
-        if barrier(team, threads):
+        if wait(team, counter + 7 * LINE, get_i64(w + LAYER.o + W.groups)):
             return 1
         prepare_rows(block, counter + 8 * LINE, x, dim, dim, get_i64(w + LAYER.ffn_norm), w + LAYER.gate, 2, 0, row)
-        if barrier(team, threads):
+        if wait(team, counter + 8 * LINE, n):
             return 1
         gated(block, w, counter + 9 * LINE, unpacked)
-        if barrier(team, threads):
+        if wait(team, counter + 9 * LINE, get_i64(w + LAYER.gate + W.groups)):
             return 1
         prepare_rows(block, counter + 10 * LINE, gate, hidden, hidden, 0, w + LAYER.down, 1, 0, row)
-        if barrier(team, threads):
+        if wait(team, counter + 10 * LINE, n):
             return 1
         multiply(block, w + LAYER.down, counter + 11 * LINE, x, dim, 1, unpacked)
-        return barrier(team, threads)
+        return wait(team, counter + 11 * LINE, get_i64(w + LAYER.down + W.groups))
 
     def forward(block, tid):  # type: ignore[no-untyped-def]
-        team, threads = get_i64(block + B.team), get_i64(block + B.threads)
+        team, n = get_i64(block + B.team), get_i64(block + B.n)
         counters, dim, x = get_i64(block + B.counters), get_i64(block + B.dim), get_i64(block + B.x)
         scratch = get_i64(block + B.scratch) + tid * get_i64(block + B.scratch_bytes)
         row = scratch + ATTENTION_SCRATCH
         unpacked = row + 4 * get_i64(block + B.max_k)
         embed(block, counters, x, dim, unpacked)
-        if barrier(team, threads):
+        if wait(team, counters, n):
             return
         for i in range(get_i64(block + B.n_layers)):
             if layer(block, i, counters + (1 + i * PHASES) * LINE, scratch, row, unpacked):
                 return
         last = counters + (1 + get_i64(block + B.n_layers) * PHASES) * LINE
         while True:
-            t = claim(last, 0, 1)
-            if t >= get_i64(block + B.n):
-                break
+            t = claim(last, 1)
+            if t >= n:
+                return
             out = get_i64(block + B.out) + 4 * t * dim
             rmsnorm(x + 4 * t * dim, get_i64(block + B.final_norm), dim, get_f32(block + B.eps), out)
-        barrier(team, threads)
 
     return forward
 
 
 def classify(block, tid):  # type: ignore[no-untyped-def]
     """logits (n, 16 head.groups) = out (n, dim) times the classifier."""
-    team, threads, head = get_i64(block + B.team), get_i64(block + B.threads), get_i64(block + B.head)
+    head = get_i64(block + B.head)
     counters, dim = get_i64(block + B.counters), get_i64(block + B.dim)
     row = get_i64(block + B.scratch) + tid * get_i64(block + B.scratch_bytes) + ATTENTION_SCRATCH
     prepare_rows(block, counters, get_i64(block + B.out), dim, dim, 0, head, 1, 0, row)
-    if barrier(team, threads):
+    if wait(get_i64(block + B.team), counters, get_i64(block + B.n)):
         return
     unpacked = row + 4 * get_i64(block + B.max_k)
     stride = 16 * get_i64(head + W.groups)
     multiply(block, head, counters + LINE, get_i64(block + B.logits), stride, 0, unpacked)
-    barrier(team, threads)

@@ -323,7 +323,7 @@ def _overload_operator(op: Any, float_name: str, int_name: str) -> None:
 for _op in _OPERATORS:
     _overload_operator(*_op)
 
-# Atomics, sequentially consistent: the team's barrier, its claims and its sleep protocol rest on them.
+# Atomics, sequentially consistent: the team's claims, its doors and its sleep protocol rest on them.
 atomic_add = word(i64, [i64, i64], lambda b, p, v: b.atomic_rmw("add", pointer(b, p, I64), v, "seq_cst"))
 atomic_swap = word(i64, [i64, i64], lambda b, p, v: b.atomic_rmw("xchg", pointer(b, p, I64), v, "seq_cst"))
 atomic_get = word(i64, [i64], lambda b, p: b.load_atomic(pointer(b, p, I64), "seq_cst", 8))

@@ -1,17 +1,21 @@
-"""The team: threads that run one function together and meet at barriers.
+"""The team: threads that run one function together, phase by phase.
 
-Every thread calls the same pass(block, tid). A matrix's row groups are claimed through an atomic counter, so a thread
-that the system has put aside costs its own claim and not half of the matrix; each output has one writer, so claims
-never change bits.
+Every thread calls the same pass(block, tid). A phase is a number of items (row groups, tokens, heads), each claimed
+through an atomic counter and counted when it is done; a thread goes on when all items are done. So nobody waits for a
+*thread*, only for work: one that the system has put aside between two items is not missed, one inside an item costs
+that item, and a worker that wakes late finds the work done and runs after the others. Each output has one writer, so
+claims never change bits.
 
     Python thread 0            worker (a Python thread inside `worker_loop`, without the GIL)
-    team_rouse: awake = 1      spin on gen; after a while asleep = 1 and, unless awake, back to Python, which
+    team_rouse: awake = 1      spin on generation; after a while asleep = 1 and, unless awake, back to Python, which
     (wakes the sleepers)       blocks on a lock until thread 0 finds the flag
-    team_run: job, gen += 1    sees it: job(argument, tid)
-    job(argument, 0)           last barrier of the job, then spin again
+    team_run: job, open = 1,   sees it: inside += 1; if open: job(argument, tid); inside -= 1
+      generation += 1
+    job(argument, 0)
+    open = 0; inside == 0?     a worker that comes now finds the door shut
 
 Sleepers are woken before the job is posted, and posting and running are one call: an exception in Python (Ctrl-C) finds
-either no job or a finished one, never a team at a barrier that thread 0 will not reach.
+either no job or a finished one, never a team at work.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from .simd import atomic_add, atomic_get, atomic_swap, call_word, get_i64, i64, 
 call_job = call_word(void, [i64, i64])
 call_yield = call_word(i64, [])
 
-SPINS_BEFORE_YIELD = 256  # about 10 us: longer than any fair wait, shorter than a time slice
+SPINS_BEFORE_YIELD = 32  # about 1 us; the call costs little where nobody else wants the core, and helps where one does
 SPINS_BEFORE_SLEEP = 20_000  # about 1 ms with yields between: the pause between two tokens stays below
 
 
@@ -36,27 +40,27 @@ def spin(team, i):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def barrier(team, threads):  # type: ignore[no-untyped-def]
-    """Wait for all threads. Returns 0, or 1 for every thread alike when the pass was cancelled."""
-    if threads > 1:
-        epoch = atomic_get(team + T.epoch)
-        if atomic_add(team + T.arrived, 1) == threads - 1:
-            put_i64(team + T.stop, atomic_get(team + T.cancel))
-            put_i64(team + T.arrived, 0)
-            atomic_swap(team + T.epoch, epoch + 1)
-        else:
-            i = 0
-            while atomic_get(team + T.epoch) == epoch:
-                spin(team, i)
-                i += 1
-        return get_i64(team + T.stop)
-    return atomic_get(team + T.cancel)
+def claim(counter, step):  # type: ignore[no-untyped-def]
+    """First of the next `step` items of a phase that nobody has claimed."""
+    return atomic_add(counter, step)
 
 
 @kernel
-def claim(counters, phase, step):  # type: ignore[no-untyped-def]
-    """First of the next `step` items of a phase that nobody has claimed."""
-    return atomic_add(counters + phase * LINE, step)
+def done(counter, items):  # type: ignore[no-untyped-def]
+    """Claimed items are done, their outputs written."""
+    atomic_add(counter + 8, items)
+
+
+@kernel
+def wait(team, counter, items):  # type: ignore[no-untyped-def]
+    """Wait until all items of a phase are done. Returns 1 when the pass was cancelled: leave, claim nothing more."""
+    i = 0
+    while atomic_get(team + T.cancel) == 0:
+        if atomic_get(counter + 8) >= items:
+            return 0
+        spin(team, i)
+        i += 1
+    return 1
 
 
 def team_rouse(team, _job, _argument):  # type: ignore[no-untyped-def]
@@ -69,23 +73,32 @@ def team_rouse(team, _job, _argument):  # type: ignore[no-untyped-def]
 
 
 def team_run(team, job, argument):  # type: ignore[no-untyped-def]
-    """Publish a job and take part in it as thread 0. Returns 0."""
+    """Publish a job, take part in it as thread 0, and wait until no worker is inside. Returns 0."""
     put_i64(team + T.job, job)
     put_i64(team + T.argument, argument)
+    atomic_swap(team + T.open, 1)
     atomic_add(team + T.generation, 1)
     call_job(job, argument, 0)
+    atomic_swap(team + T.open, 0)
+    i = 0
+    while atomic_get(team + T.inside):  # seq_cst: whoever is not seen here sees the door shut
+        spin(team, i)
+        i += 1
     return 0
 
 
 def worker_loop(team, tid, seen):  # type: ignore[no-untyped-def]
-    """Run jobs until none comes for a while; returns the generation last run, with this thread's asleep flag set."""
+    """Run jobs until none comes for a while; returns the generation last seen, with this thread's asleep flag set."""
     asleep = team + T.asleep + tid * LINE
     i = 0
     while True:
         generation = atomic_get(team + T.generation)
         if generation != seen:
             seen = generation
-            call_job(get_i64(team + T.job), get_i64(team + T.argument), tid)
+            atomic_add(team + T.inside, 1)
+            if atomic_get(team + T.open):  # maybe of a later generation already: then it is entered twice, to no harm
+                call_job(get_i64(team + T.job), get_i64(team + T.argument), tid)
+            atomic_add(team + T.inside, -1)
             i = 0
         elif i < SPINS_BEFORE_SLEEP:
             spin(team, i)

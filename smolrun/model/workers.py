@@ -93,7 +93,7 @@ def _shut(state: _State) -> None:
     if state.pid != os.getpid():  # the threads stayed in the parent
         return
     state.closing = True
-    state.words[T.cancel // 8] = 1  # a pass of another thread (a daemon's, at exit) ends at its next barrier
+    state.words[T.cancel // 8] = 1  # a pass of another thread (a daemon's, at exit) ends at its next wait
     with state.passes:
         for tid, worker in enumerate(state.workers, 1):
             while worker.is_alive() and worker is not threading.current_thread():  # a worker may collect the garbage
@@ -143,7 +143,7 @@ class Team:
             return not state.words[T.cancel // 8]
 
     def cancel(self, wish: bool = True) -> None:
-        """Make a running pass end at its next barrier; `cancel(False)` takes it back."""
+        """Make a running pass end at its next wait; `cancel(False)` takes it back."""
         self._state.words[T.cancel // 8] = wish
 
     def close(self) -> None:
