@@ -641,10 +641,11 @@ def model(**options):
 
 def hidden(model, ids):
     slot = model.open(ids)
-    slot.truncate(0)
-    parts = [model.hidden(slot, ids[i : i + model.chunk]) for i in range(0, len(ids), model.chunk)]
-    slot.close()
-    return np.concatenate(parts)
+    try:
+        slot.truncate(0)
+        return np.concatenate([model.hidden(slot, ids[i : i + model.chunk]) for i in range(0, len(ids), model.chunk)])
+    finally:
+        slot.close()
 
 def poison(*_):
     raise AssertionError("something was compiled")
