@@ -311,7 +311,7 @@ def bytes_per_token(checkpoint: Checkpoint, test: Case, kv: str) -> int:
     if not config.tied:
         weights -= checkpoint.tensors["token_embd.weight"].raw.nbytes
     positions = test.depth + (test.size + 1) / 2  # the mean over the run
-    return round(weights / test.batch + positions * page_bytes(config, kv) / PAGE)
+    return round(weights / test.batch + positions * page_bytes(config, kv) / int(PAGE))
 
 
 def measure(

@@ -144,7 +144,7 @@ def pack_of(checkpoint: Checkpoint, wanted: Mapping[str, str], sizes: Mapping[st
 
 def folder() -> Path:
     """Where the files are."""
-    return user_cache() / "weights"
+    return Path(user_cache()) / "weights"
 
 
 def limit() -> int:
