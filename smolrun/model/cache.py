@@ -86,7 +86,7 @@ class KVCache:
     def room(self) -> int:
         """Positions that busy slots do not hold."""
         held = {id(page) for slot in self._slots if slot.busy for page in slot.pages}
-        return int(PAGE) * (self.capacity - len(held))
+        return int(PAGE * (self.capacity - len(held)))
 
     def open(self, ids: Sequence[int]) -> Slot:
         """A slot for a prompt: holds its longest known prefix, at most len(ids) - 1 positions of it."""
