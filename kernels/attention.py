@@ -75,7 +75,7 @@ from .simd import (
     vto_i32,
     word,
 )
-from .target import RECORD_BYTES, token_tile
+from .target import record_bytes, token_tile
 from .team import claim, done
 
 i64 = types.int64
@@ -97,7 +97,7 @@ MINUS_INFINITY = float("-inf")
 FLOATS = {"f32": 4, "f16": 2, "bf16": 2}  # kinds of elements that are floats, and their bytes
 AHEAD = 3  # pages of K or V that are prefetched ahead: one is read in less time than memory takes to answer
 WIDTH = 4 if TIER.row_lanes == 16 else 1  # vectors of positions (scores) or of dims (values) held per row
-Q_RECORD = 2 * RECORD_BYTES  # a block of a query in two int8 terms
+Q_RECORD = record_bytes(2)  # a block of a query in two int8 terms
 
 
 def _first(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
@@ -182,7 +182,7 @@ def _make_panel_scores(rows: int, kind: str) -> Any:
     blocks = HEAD_DIM // BLOCK
     group_bytes = blocks * panel.record_bytes
     step = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= token_tile(TIER, 2))
-    tile = make_tile(panel, 2, step)
+    tile = make_tile(panel, 2, (step,))
 
     @kernel
     def scores(q, k, groups, s, following):  # type: ignore[no-untyped-def]
@@ -190,7 +190,7 @@ def _make_panel_scores(rows: int, kind: str) -> Any:
             for line in range(g * group_bytes, (g + 1) * group_bytes, 64):
                 prefetch(following + line)
             for r in range(0, rows, step):
-                tile(k + g * group_bytes, blocks, q + r * Q_RECORD, rows, s + 4 * (SPAN * r + 16 * g), SPAN, 0)
+                tile(step, k + g * group_bytes, blocks, q + r * Q_RECORD, rows, s + 4 * (SPAN * r + 16 * g), SPAN, 0)
 
     return scores
 

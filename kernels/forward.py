@@ -25,11 +25,12 @@ from .jit import kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
 from .simd import call_word, get_f32, get_i64, i64, void
-from .target import RECORD_BYTES
+from .target import record_bytes
 from .team import claim, done, wait
 
 call_matmul = call_word(void, MATMUL.args)
 call_row = call_word(void, ROW.args)
+bytes_of_record = kernel(record_bytes)
 
 PASS = void(i64, i64)
 
@@ -43,7 +44,7 @@ def prepare(block, row, k, t, terms, floats):  # type: ignore[no-untyped-def]
     if terms:
         tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2))
         t0 = t // tile * tile
-        size = RECORD_BYTES * terms
+        size = bytes_of_record(terms)
         quantise(row, k, terms, get_i64(block + B.act) + (t0 * (k // 32) + t - t0) * size, min(tile, n - t0) * size)
     if floats:
         tile = get_i64(block + B.tile_f32)

@@ -4,23 +4,27 @@ Letters: w panel of weights (panels.py), x activations, y f32 (tokens, y_stride)
 tile.
 
 Activations are laid out tile by tile, so that a tile reads one stream. For int8 a token's block is a record of 64
-bytes:
+bytes, or of 96 with two terms:
 
-    byte 0      32       36          40         44         48          52         56         60
-         32xi8  f32 d    f32 d*sum   -8*sum     -16*sum    -128*sum    -32*lo     -32*hi     unused      sums are i32
-    x = d * q; sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the dot product exactly.
-    tile of S tokens: [block][token][term], S = T but for the last tile; term 2 holds q2 of x = d (q + q2 / 254)
+    [32 x i8 q]                  x = d q                              one term
+    [32 x i8 q1][32 x i8 q2]     x = d q,  q = 256 q1 + q2            two terms
+    then                         f32 d  f32 d*sum  -8*sum  -16*sum  -128*sum  -32*lo  -32*hi  unused     sums are i32
+    sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the dot product exactly
+    tile of S tokens: [block][token], S = T but for the last tile
 
     f32 mode: tile of S tokens: [k][token] f32
 
 Order of every sum, the same for any T, thread and CPU: integers inside a block (exact), then one fma per scale group, k
-upwards. T tokens share the load and the unpacking of a quad: weights live in registers, activations are broadcast from
-memory.
+upwards; f32 activations: one chain of fma over the even k, one over the odd (a single token waits less for either, and
+reads its weights in one stream), added at the end. T tokens share the load and the unpacking of a quad: weights live in
+registers, activations are broadcast from memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -54,13 +58,14 @@ from .simd import (
     vsum_i32,
     word,
 )
-from .target import RECORD_BYTES, token_tile
+from .target import record_bytes, token_tile
 
 i64 = types.int64
 
 V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
-D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(32, 60, 4)  # byte offsets in an activation record
+D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(0, 28, 4)  # byte offsets behind the integers of a record
 HALVES = (LOW32, HIGH32)
+FLOAT_STEP = 2  # k of one round of the f32 tile; with more LLVM keeps the weights of all of them on the stack
 MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
 
 
@@ -301,7 +306,7 @@ DOTS: dict[str, type[Dots]] = {"vnni512": VnniDots, "vnni256": VnniDots, "maddub
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def _start(b: ir.IRBuilder, panel: Panel, group: int, record: ir.Value) -> ir.Value:
+def _start(b: ir.IRBuilder, panel: Panel, group: int, fields: ir.Value) -> ir.Value:
     """What the sum of a scale group starts from, i32x16: -zero times the sum of the record's integers."""
     if panel.zero == 0 or (panel.bits == 8 and not DOTS[TIER.dot].unsigned):
         return const(V16I32, 0)
@@ -309,7 +314,7 @@ def _start(b: ir.IRBuilder, panel: Panel, group: int, record: ir.Value) -> ir.Va
         offset, shift = {8: SUM8, 16: SUM16, 128: SUM128}[panel.zero], 0
     else:
         offset, shift = HALVES[group], {32: 0, 4: 3}[panel.zero]
-    total = splat(b, load(b, at(b, record, offset), I32))
+    total = splat(b, load(b, at(b, fields, offset), I32))
     return b.ashr(total, const(V16I32, shift)) if shift else total  # exact: a multiple of 32
 
 
@@ -318,84 +323,78 @@ def _int8_block(
 ) -> None:
     """acc[t] += block's dot product with token t; x[t] is the address of the token's record."""
     record = Record(b, panel, w, block)
-    addresses = [at(b, token, RECORD_BYTES * term) for token in x for term in range(terms)]
+    fields = [at(b, token, BLOCK * terms) for token in x]
     quads = panel.group // 4
-
-    def value(sums: list[ir.Value]) -> ir.Value:
-        """Integer sums of a token's terms, i32x16 each, as f32x16: one rounding."""
-        first = b.sitofp(sums[0], V16F32)
-        return first if terms == 1 else emit_fma(b, b.sitofp(sums[1], V16F32), const(V16F32, 1 / 254), first)
-
     for group in range(BLOCK // panel.group):
-        dots = DOTS[TIER.dot](b, panel, [_start(b, panel, group, a) for a in addresses])
-        for j in range(group * quads, (group + 1) * quads):
-            dots.add(record.quad(j, dots.unsigned), [at(b, a, 4 * j) for a in addresses])
+        sums = [const(V16I32, 0)] * len(x)
+        for term in range(terms):
+            if term:
+                sums = [b.shl(s, const(V16I32, 8)) for s in sums]
+            if term == terms - 1:
+                sums = [b.add(s, _start(b, panel, group, f)) for s, f in zip(sums, fields, strict=True)]
+            dots = DOTS[TIER.dot](b, panel, sums)
+            for j in range(group * quads, (group + 1) * quads):
+                dots.add(record.quad(j, dots.unsigned), [at(b, token, BLOCK * term + 4 * j) for token in x])
+            sums = [dots.total(t) for t in range(len(x))]
         scale, minimum = record.scale(group)
         if minimum is not None and panel.group == 16:  # the record has -32 times the sum of a half
             minimum = b.fmul(minimum, const(V16F32, -1 / 32))
-        for t, token in enumerate(x):
-            d = broadcast_f32(b, at(b, token, D))
-            dot = value([dots.total(t * terms + i) for i in range(terms)])
-            total = emit_fma(b, dot, b.fmul(scale, d), b.load(acc[t]))
+        for s, f, a in zip(sums, fields, acc, strict=True):
+            d = broadcast_f32(b, at(b, f, D))
+            total = emit_fma(b, b.sitofp(s, V16F32), b.fmul(scale, d), b.load(a))
             if minimum is not None and panel.group == 32:
-                total = emit_fma(b, minimum, broadcast_f32(b, at(b, token, DSUM)), total)
+                total = emit_fma(b, minimum, broadcast_f32(b, at(b, f, DSUM)), total)
             elif minimum is not None:
-                half = [splat(b, load(b, at(b, a, HALVES[group]), I32)) for a in addresses[t * terms : (t + 1) * terms]]
-                total = emit_fma(b, value(half), b.fmul(minimum, d), total)
-            b.store(total, acc[t])
+                half = splat(b, load(b, at(b, f, HALVES[group]), I32))
+                total = emit_fma(b, b.sitofp(half, V16F32), b.fmul(minimum, d), total)
+            b.store(total, a)
 
 
-def _float_block(
-    b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value, x: list[list[ir.Value]], acc: list[list[ir.Value]]
-) -> None:
-    """acc[r][t] += 32 k; x[kk][t] addresses of activations, w of the row groups r."""
-    size = panel.record_bytes // BLOCK
-    for kk in range(BLOCK):
-        for r, group in enumerate(w):
-            start = b.add(group, b.mul(block, ir.Constant(I64, panel.record_bytes)))
-            weights = emit_load_as_f32(b, at(b, start, size * kk), panel.name)
-            for t, address in enumerate(x[kk]):
-                b.store(emit_fma(b, weights, broadcast_f32(b, address), b.load(acc[r][t])), acc[r][t])
+def _emit_tile(
+    b: ir.IRBuilder, panel: Panel, terms: int, tokens: int,
+    w: ir.Value, nb: ir.Value, x: ir.Value, slots: ir.Value, y: ir.Value, y_stride: ir.Value, add: ir.Value,
+) -> None:  # fmt: skip
+    """`tokens` columns of y times one row group. terms as in make_matmul; 0 needs a float panel."""
+    chains = [[cgutils.alloca_once(b, V16F32) for _ in range(tokens)] for _ in range(1 if terms else 2)]
+    for a in itertools.chain(*chains):
+        b.store(const(V16F32, 0.0), a)
+    if terms:
+        size = record_bytes(terms)
+        step = b.mul(slots, ir.Constant(I64, size))
+        with cgutils.for_range(b, nb, intp=I64) as loop:
+            first = b.add(x, b.mul(loop.index, step))
+            _int8_block(b, panel, terms, w, loop.index, [at(b, first, size * t) for t in range(tokens)], chains[0])
+    else:
+        size, step = panel.record_bytes // BLOCK, b.mul(slots, ir.Constant(I64, 4))
+        with cgutils.for_range(b, b.mul(nb, ir.Constant(I64, BLOCK // FLOAT_STEP)), intp=I64) as loop:
+            k = b.mul(loop.index, ir.Constant(I64, FLOAT_STEP))
+            start, first = b.add(w, b.mul(k, ir.Constant(I64, size))), b.add(x, b.mul(k, step))
+            for kk in range(FLOAT_STEP):
+                weights = emit_load_as_f32(b, at(b, start, size * kk), panel.name)
+                row = b.add(first, b.mul(step, ir.Constant(I64, kk)))
+                for t, a in enumerate(chains[kk % 2]):
+                    b.store(emit_fma(b, weights, broadcast_f32(b, at(b, row, 4 * t)), b.load(a)), a)
+    for t, parts in enumerate(zip(*chains, strict=True)):
+        total = functools.reduce(b.fadd, map(b.load, parts))
+        out = b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t)))
+        kept = cgutils.alloca_once(b, V16F32)
+        b.store(const(V16F32, 0.0), kept)
+        with b.if_then(b.icmp_signed("!=", add, ir.Constant(I64, 0))):
+            b.store(load(b, out, V16F32), kept)
+        store(b, out, b.fadd(total, b.load(kept)))
 
 
-def make_tile(panel: Panel, terms: int, tokens: int, groups: int = 1) -> Any:
-    """Intrinsic tile(w, nb, x, slots, y, y_stride, add): `tokens` columns times `groups` row groups.
-
-    terms 1, 2: int8 activations; 0: f32 activations, which need a float panel.
+def make_tile(panel: Panel, terms: int, sizes: Sequence[int]) -> Any:
+    """Intrinsic tile(tokens, w, nb, x, slots, y, y_stride, add): so many columns of y, one of `sizes`, times one row
+    group.
     """
 
-    def emit(b: ir.IRBuilder, w: Any, nb: Any, x: Any, slots: Any, y: Any, y_stride: Any, add: Any) -> None:
-        acc = [[cgutils.alloca_once(b, V16F32) for _ in range(tokens)] for _ in range(groups)]
-        for row in acc:
-            for a in row:
-                b.store(const(V16F32, 0.0), a)
-        group_bytes = b.mul(nb, ir.Constant(I64, panel.record_bytes // panel.blocks))
-        starts = [b.add(w, b.mul(group_bytes, ir.Constant(I64, r))) for r in range(groups)]
-        element = RECORD_BYTES * terms or 4
-        with cgutils.for_range(b, nb, intp=I64) as loop:
-            if terms:
-                row_of = b.add(x, b.mul(b.mul(loop.index, slots), ir.Constant(I64, element)))
-                for start, row in zip(starts, acc, strict=True):
-                    _int8_block(
-                        b, panel, terms, start, loop.index, [at(b, row_of, element * t) for t in range(tokens)], row
-                    )
-            else:
-                step = b.mul(slots, ir.Constant(I64, element))
-                row_of = b.add(x, b.mul(b.mul(loop.index, step), ir.Constant(I64, BLOCK)))
-                rows = [b.add(row_of, b.mul(step, ir.Constant(I64, kk))) for kk in range(BLOCK)]
-                _float_block(
-                    b, panel, starts, loop.index, [[at(b, a, 4 * t) for t in range(tokens)] for a in rows], acc
-                )
-        for r, row in enumerate(acc):
-            for t, a in enumerate(row):
-                out = b.add(at(b, y, 4 * ROWS * r), b.mul(y_stride, ir.Constant(I64, 4 * t)))
-                kept = cgutils.alloca_once(b, V16F32)
-                b.store(const(V16F32, 0.0), kept)
-                with b.if_then(b.icmp_signed("!=", add, ir.Constant(I64, 0))):
-                    b.store(load(b, out, V16F32), kept)
-                store(b, out, b.fadd(b.load(a), b.load(kept)))
+    def emit(b: ir.IRBuilder, tokens: ir.Value, *arguments: ir.Value) -> None:
+        for size in sizes:
+            with b.if_then(b.icmp_signed("==", tokens, ir.Constant(I64, size))):
+                _emit_tile(b, panel, terms, size, *arguments)
 
-    return word(void, [i64] * 7, emit)
+    return word(void, [i64] * 8, emit)
 
 
 # ---- whole matrices --------------------------------------------------------------------------------------------------
@@ -412,49 +411,23 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
         return _make_unpacked_matmul(name)
     group_record = panel.record_bytes // panel.blocks
     full = token_tile(TIER, terms)
-    wide = (
-        4 if panel.is_float else 1
-    )  # row groups at once for one token: a float sum is one chain of fma, four hide its latency
-    tile_full, tile_4, tile_1 = (make_tile(panel, terms, t) for t in (full, 4, 1))
-    tile_wide = make_tile(panel, terms, 1, wide)
-    element = BLOCK * 4 if terms == 0 else RECORD_BYTES * terms  # bytes of a token's block
+    tile = make_tile(panel, terms, [*(t for t in (1, 2, 4, 8) if t < full), full])
+    slot = record_bytes(terms) if terms else 4  # bytes from token to token
+    token_block = record_bytes(terms) if terms else BLOCK * 4
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
-        slot = 4 if terms == 0 else element
         for t0 in range(0, n, full):
-            slots = min(full, n - t0)
-            tile = x + t0 * nb * element
-            if slots == full:
+            slots, first, j = min(full, n - t0), x + t0 * nb * token_block, 0
+            while j < slots:
+                tokens = full
+                if slots < full:
+                    tokens = 8
+                    while tokens > slots - j:
+                        tokens //= 2
                 for g in range(g0, g1):
-                    out = y + (t0 * y_stride + g * ROWS) * 4
-                    tile_full(w + g * nb * group_record, nb, tile, slots, out, y_stride, add)
-            else:
-                j = 0
-                while j < slots:
-                    out = y + ((t0 + j) * y_stride + g0 * ROWS) * 4
-                    if slots - j >= 4 and full >= 4:
-                        for g in range(g1 - g0):
-                            tile_4(
-                                w + (g0 + g) * nb * group_record,
-                                nb,
-                                tile + j * slot,
-                                slots,
-                                out + g * 64,
-                                y_stride,
-                                add,
-                            )
-                        j += 4
-                    else:
-                        g = g0
-                        while g + wide <= g1:
-                            tile_wide(w + g * nb * group_record, nb, tile + j * slot, slots, out, y_stride, add)
-                            g += wide
-                            out += 64 * wide
-                        while g < g1:
-                            tile_1(w + g * nb * group_record, nb, tile + j * slot, slots, out, y_stride, add)
-                            g += 1
-                            out += 64
-                        j += 1
+                    out = y + ((t0 + j) * y_stride + g * ROWS) * 4
+                    tile(tokens, w + g * nb * group_record, nb, first + j * slot, slots, out, y_stride, add)
+                j += tokens
 
     return matmul
 

@@ -19,7 +19,6 @@ from .simd import (
     at,
     const,
     f32,
-    fma,
     get_f32,
     i32x16,
     i64,
@@ -33,6 +32,7 @@ from .simd import (
     vhmax,
     vload,
     vmax,
+    vmin,
     vrint,
     vsplat,
     vstore,
@@ -43,7 +43,6 @@ from .simd import (
     vto_i32,
     word,
 )
-from .target import RECORD_BYTES
 
 TINY = (
     1e-30  # blocks whose largest value is below this are zero: their scale would be denormal and its inverse infinite
@@ -87,42 +86,46 @@ def rope(x, table, scale, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _record(q0, q1, d, dsum, out):  # type: ignore[no-untyped-def]
-    """Write 32 integers, their scale and their sums as one activation record."""
-    low, high = vsum_i32(q0), vsum_i32(q1)
-    vstore_i8(out, q0)
-    vstore_i8(out + 16, q1)
-    put_f32(out + D, d)
-    put_f32(out + DSUM, dsum)
-    put_i32(out + SUM8, (low + high) * -8)
-    put_i32(out + SUM16, (low + high) * -16)
-    put_i32(out + SUM128, (low + high) * -128)
-    put_i32(out + LOW32, low * -32)
-    put_i32(out + HIGH32, high * -32)
+def _split(q, out):  # type: ignore[no-untyped-def]
+    """Write 16 integers q = 256 q1 + q2, q1 to out and q2 32 bytes behind; returns q as it is then.
+
+    A q2 of +-128, one in 256, becomes +-127: without VNNI, signed weights need -q2 (matmul.MaddubsDots).
+    """
+    q1 = vrint(q * vsplat(f32(1 / 256)))
+    q2 = vmin(vmax(vfma(q1, vsplat(f32(-256.0)), q), vsplat(f32(-127.0))), vsplat(f32(127.0)))
+    vstore_i8(out, vto_i32(q1))
+    vstore_i8(out + 32, vto_i32(q2))
+    return vfma(q1, vsplat(f32(256.0)), q2)
 
 
 @kernel
 def quantise(x, n, terms, out, stride):  # type: ignore[no-untyped-def]
-    """x[n] -> int8 records, `stride` bytes from block to block: x ~ d (q1 + q2 / 254) with d = max|x| / 127 over 32
-    values.
+    """x[n] -> int8 records, `stride` bytes from block to block: x ~ d q with q in +-127, or +-32639 in two terms, and d
+    from the largest of 32 values.
     """
+    levels = f32(127.0) if terms == 1 else f32(127 * 256 + 127)
     for b in range(n // 32):
         x0, x1 = vload(x + 128 * b), vload(x + 128 * b + 64)
         top = vhmax(vmax(vabs(x0), vabs(x1)))
         d, inverse = f32(0.0), f32(0.0)
         if top > f32(TINY):
-            d, inverse = top / f32(127.0), f32(127.0) / top
-        r0, r1 = vrint(x0 * vsplat(inverse)), vrint(x1 * vsplat(inverse))
-        q0, q1 = vto_i32(r0), vto_i32(r1)
-        total = f32(vsum_i32(q0) + vsum_i32(q1))
+            d, inverse = top / levels, levels / top
+        q0, q1 = vrint(x0 * vsplat(inverse)), vrint(x1 * vsplat(inverse))
         at = out + b * stride
         if terms == 2:
-            k = vsplat(f32(254.0))
-            s0 = vto_i32(vrint((vfma(x0, vsplat(inverse), vsplat(f32(0.0)) - r0)) * k))
-            s1 = vto_i32(vrint((vfma(x1, vsplat(inverse), vsplat(f32(0.0)) - r1)) * k))
-            total = fma(f32(vsum_i32(s0) + vsum_i32(s1)), f32(1 / 254), total)
-            _record(s0, s1, d, f32(0.0), at + RECORD_BYTES)
-        _record(q0, q1, d, d * total, at)
+            q0, q1 = _split(q0, at), _split(q1, at + 16)
+        else:
+            vstore_i8(at, vto_i32(q0))
+            vstore_i8(at + 16, vto_i32(q1))
+        at += 32 * terms
+        low, high = vsum_i32(vto_i32(q0)), vsum_i32(vto_i32(q1))
+        put_f32(at + D, d)
+        put_f32(at + DSUM, d * f32(low + high))
+        put_i32(at + SUM8, (low + high) * -8)
+        put_i32(at + SUM16, (low + high) * -16)
+        put_i32(at + SUM128, (low + high) * -128)
+        put_i32(at + LOW32, low * -32)
+        put_i32(at + HIGH32, high * -32)
 
 
 @kernel

@@ -142,14 +142,16 @@ def choose() -> Tier:
     raise RuntimeError(f"SMOLRUN_TIER={wanted}: that tier {state}; this CPU runs: {names}")
 
 
-RECORD_BYTES = 64  # one int8 activation record, drawn in matmul.py
+def record_bytes(terms: int) -> int:
+    """Bytes of an activation record of `terms` int8 terms, drawn in matmul.py."""
+    return 32 * terms + 32
 
 
 def token_tile(tier: Tier, terms: int) -> int:
-    """Tokens of a prefill tile: `terms` i32 sums and one f32 sum each must fit the registers.
+    """Tokens of a prefill tile: two sums each must fit the registers, with two terms beside a block's quads.
 
     terms: int8 terms of an activation; 0 for f32 activations.
     """
     if tier.row_lanes == 16:
-        return {0: 14, 1: tier.token_tile, 2: 8}[terms]
-    return {0: 4, 1: tier.token_tile, 2: 2}[terms]
+        return {0: 14, 1: tier.token_tile, 2: min(tier.token_tile, 11)}[terms]
+    return tier.token_tile

@@ -16,7 +16,7 @@ import naive
 from naive import CASES, FLOATS, QUANTS, TERMS, Case
 from smolrun.kernels import load
 from smolrun.kernels.panels import ROWS, pack
-from smolrun.kernels.target import TIERS, Tier, runnable, token_tile
+from smolrun.kernels.target import TIERS, Tier, record_bytes, runnable, token_tile
 
 POINTWISE = ("rmsnorm", "swiglu", "rope", "quantise", "interleave", "half")
 NAMES = [*dict.fromkeys(c.name for c in CASES), *(f"row_{f}" for f in (*FLOATS, *QUANTS)), *POINTWISE]
@@ -90,7 +90,7 @@ class Kernels:
         """Activations (tokens, k) as a matmul reads them, tile after tile."""
         terms = TERMS[mode]
         step = token_tile(self.tier, terms)
-        whole = naive.records(x, terms) if terms else x.astype(np.float32)  # (tokens, blocks, terms) or (tokens, k)
+        whole = naive.records(x, terms) if terms else x.astype(np.float32)  # (tokens, blocks) or (tokens, k)
         parts = [np.ascontiguousarray(whole[i : i + step].swapaxes(0, 1)) for i in range(0, len(x), step)]
         return copied(np.concatenate([p.reshape(-1).view(np.uint8) for p in parts]))
 
@@ -173,12 +173,11 @@ class Kernels:
         return out.copy()
 
     def quantise(self, x: np.ndarray, terms: int, slots: int = 1, slot: int = 0) -> np.ndarray:
-        """x (k,) into one slot of a tile of `slots` tokens: RECORD (k / 32, slots, terms); the rest keeps the guard."""
-        x = copied(x)
-        out = aligned(len(x) // 32 * slots * terms * 64, GUARD)
-        size = 64 * terms
+        """x (k,) into one slot of a tile of `slots` tokens: RECORD (k / 32, slots); the rest keeps the guard."""
+        x, size = copied(x), record_bytes(terms)
+        out = aligned(len(x) // 32 * slots * size, GUARD)
         self._integers("quantise", 5)(address(x), len(x), terms, address(out) + slot * size, slots * size)
-        return out.view(naive.RECORD).reshape(-1, slots, terms).copy()
+        return out.view(naive.RECORD[terms]).reshape(-1, slots).copy()
 
     def interleave(self, x: np.ndarray, slots: int, slot: int) -> np.ndarray:
         """x (k,) into slot `slot` of `slots`: float32 (k, slots), the other slots zero."""

@@ -63,7 +63,7 @@ class Budget:
 
 
 # About twice the worst seen over CASES. One int8 term errs by at most 1/254 of its block's largest value, and CASES'
-# blocks have outliers; the second term is 254 times finer.
+# blocks have outliers; two terms are 256 times finer.
 BUDGETS: dict[tuple[str, str], Budget] = {
     **{(fmt, "f32"): Budget(1.2e-6, 1.2e-6) for fmt in (*FLOATS, *QUANTS)},
     **{(fmt, "int8"): Budget(3e-7, 2e-2) for fmt in QUANTS},
@@ -118,36 +118,36 @@ def magnitudes(fmt: str, raw: np.ndarray) -> np.ndarray:
 
 TINY = np.float32(1e-30)  # a block of 32 whose largest magnitude is not above it counts as zero
 _SUMS = ("sum8", "sum16", "sum128", "low32", "high32", "unused")
-RECORD = np.dtype([("q", "i1", 32), ("d", "f4"), ("dsum", "f4"), *((name, "i4") for name in _SUMS)])
+# q1, q2 behind it with two terms, by number of terms
+RECORD = {
+    terms: np.dtype([("q", "i1", (terms, 32)), ("d", "f4"), ("dsum", "f4"), *((name, "i4") for name in _SUMS)])
+    for terms in (1, 2)
+}
 
 
 def records(x: np.ndarray, terms: int) -> np.ndarray:
-    """float32 (tokens, k) -> RECORD (tokens, k / 32, terms): x = d (q1 + q2 / 254), d = max|x| / 127.
-
-    float64 holds every product of two float32 exactly, so rounding its result once is the kernels' fma.
-    """
+    """float32 (tokens, k) -> RECORD (tokens, k / 32): x = d q, d = max|x| / 127, or / 32639 and q = 256 q1 + q2."""
     blocks = x.astype(np.float32).reshape(len(x), -1, 32)
     top = np.abs(blocks).max(axis=2)
     live = top > TINY
     safe = np.where(live, top, np.float32(1))
-    d = np.where(live, safe / np.float32(127), np.float32(0))
-    inverse = np.where(live, np.float32(127) / safe, np.float32(0))[..., None]
-    q1 = np.rint(blocks * inverse)
-    rest = (blocks.astype(np.float64) * inverse.astype(np.float64) - q1).astype(np.float32)
-    q2 = np.rint(rest * np.float32(254))
-    sums = [q.reshape(*q.shape[:2], 2, 16).sum(axis=3).astype(np.int32) for q in (q1, q2)]  # (tokens, blocks, halves)
-    total = sums[0].sum(axis=2).astype(np.float32)
+    levels = np.float32({1: 127, 2: 127 * 256 + 127}[terms])
+    d = np.where(live, safe / levels, np.float32(0))
+    inverse = np.where(live, levels / safe, np.float32(0))[..., None]
+    q = np.rint(blocks * inverse).astype(np.int32)
+    out = np.zeros(d.shape, RECORD[terms])
     if terms == 2:
-        part = sums[1].sum(axis=2).astype(np.float64) * np.float64(np.float32(1 / 254))
-        total = (part + total).astype(np.float32)
-    out = np.zeros((*d.shape, terms), RECORD)
-    for term, (q, (low, high)) in enumerate(zip((q1, q2)[:terms], [np.moveaxis(s, 2, 0) for s in sums], strict=False)):
-        out["q"][..., term, :] = q
-        out["d"][..., term] = d
-        out["dsum"][..., term] = d * total if term == 0 else 0
-        for name, factor in (("sum8", -8), ("sum16", -16), ("sum128", -128)):
-            out[name][..., term] = (low + high) * factor
-        out["low32"][..., term], out["high32"][..., term] = low * -32, high * -32
+        q1 = np.rint(q / 256).astype(np.int32)
+        q2 = np.clip(q - 256 * q1, -127, 127)
+        q = 256 * q1 + q2
+        out["q"] = np.stack([q1, q2], axis=2)
+    else:
+        out["q"][:, :, 0] = q
+    low, high = np.moveaxis(q.reshape(*q.shape[:2], 2, 16).sum(axis=3), 2, 0)
+    out["d"], out["dsum"] = d, d * (low + high).astype(np.float32)
+    for name, factor in (("sum8", -8), ("sum16", -16), ("sum128", -128)):
+        out[name] = (low + high) * factor
+    out["low32"], out["high32"] = low * -32, high * -32
     return out
 
 
@@ -156,10 +156,9 @@ def seen(x: np.ndarray, terms: int) -> np.ndarray:
     if terms == 0:
         return x.astype(np.float64)
     r = records(x, terms)
-    value = r["q"][:, :, 0].astype(np.float64)
-    if terms == 2:
-        value = value + r["q"][:, :, 1] / 254.0
-    return (value * r["d"][:, :, :1].astype(np.float64)).reshape(x.shape)
+    q = r["q"].astype(np.int32)
+    value = q[:, :, 0] if terms == 1 else 256 * q[:, :, 0] + q[:, :, 1]
+    return (value * r["d"][:, :, None].astype(np.float64)).reshape(x.shape)
 
 
 def matmul(w: np.ndarray, x: np.ndarray) -> np.ndarray:

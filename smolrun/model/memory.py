@@ -14,7 +14,7 @@ from smolrun.config import ModelConfig
 from smolrun.errors import OptionError, SmolrunError
 from smolrun.kernels.block import HEAD_DIM, KV_BYTES, PAGE, PART, SPAN, S, scratch_bytes
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
-from smolrun.kernels.target import RECORD_BYTES
+from smolrun.kernels.target import record_bytes
 
 LEAST_CONTEXT = 512  # positions; the default goes no lower, however little memory there is
 CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
@@ -77,7 +77,7 @@ def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, c
         "qkv": f * chunk * (c.q_dim + 2 * c.kv_dim),
         "gate": f * chunk * c.hidden_dim,
         "up": f * chunk * c.hidden_dim,
-        "act": chunk * (widest // BLOCK) * RECORD_BYTES * max(terms, 1),
+        "act": chunk * (widest // BLOCK) * record_bytes(terms),
         "act_f32": f * chunk * widest,
         "segments": 8 * SEGMENTS * S.size,
         "parts": f * SEGMENTS * spans * c.n_heads * PART,  # touched as far as the sequences of a pass reach
