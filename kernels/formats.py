@@ -30,7 +30,7 @@ class Format:
 
     Attributes:
         name: GGUF's name, "Q4_0".
-        ggml_type: the number a GGUF tensor carries.
+        ggml_type: the number a GGUF tensor carries, or NO_GGML_TYPE.
         block: weights per block.
         dtype: one block as it lies in the file.
         dequantize: blocks (n,) -> float32 (n, block).
@@ -59,9 +59,9 @@ class Format:
 def by_ggml_type(ggml_type: int) -> Format:
     """The format of a GGUF tensor's type number; ValueError names the type if we do not read it."""
     for fmt in FORMATS.values():
-        if fmt.ggml_type == ggml_type:
+        if fmt.ggml_type == ggml_type != NO_GGML_TYPE:
             return fmt
-    known = ", ".join(f"{f.ggml_type}={f.name}" for f in FORMATS.values())
+    known = ", ".join(f"{f.ggml_type}={f.name}" for f in FORMATS.values() if f.ggml_type != NO_GGML_TYPE)
     raise ValueError(f"ggml type {ggml_type} is not one we read (known: {known})")
 
 
@@ -468,6 +468,26 @@ def pack_scales_and_mins(s: NDArray[np.uint8], m: NDArray[np.uint8]) -> NDArray[
     return np.concatenate([s[:, :4] | top_s, m[:, :4] | top_m, tail], axis=1)
 
 
+# ---- GPTQ and AWQ: 4 bits, groups that share an f16 scale and an integer zero point; no GGUF type -------------------
+
+# G4_n   [d 2][z 1][qs n / 2]         w = d * (q - z)    each 32 weights of qs as in Q4_0, n = 32, 64, 128
+G4 = {n: np.dtype([("d", "<f2"), ("z", "u1"), ("qs", "u1", n // 2)]) for n in (32, 64, 128)}
+NO_GGML_TYPE = -1
+
+
+def _dequantize_g4(blocks: Blocks) -> F32Array:
+    q = _fields(blocks["qs"], 16, 4).astype(np.float32)
+    return (q - blocks["z"].astype(np.float32)[:, None]) * _scale(blocks)
+
+
+def pack_g4(d: NDArray[np.float16], z: NDArray[np.uint8], q: NDArray[np.uint8]) -> Blocks:
+    """Blocks of G4_n from scales (rows, blocks), zero points of that shape and levels 0..15 (rows, blocks * n)."""
+    out = np.empty(d.shape, G4[q.shape[1] // d.shape[1]])
+    out["d"], out["z"] = d, z
+    out["qs"] = _pack_fields(q.reshape(d.size, -1), 16, 4).reshape(*d.shape, -1)
+    return out
+
+
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
     for fmt in (
@@ -486,5 +506,6 @@ FORMATS: dict[str, Format] = {
         Format("Q6_K", 14, 256, Q6_K, _dequantize_q6_k, _quantize_q6_k),
         Format("IQ4_NL", 20, 32, IQ4_NL, _dequantize_iq4_nl),
         Format("IQ4_XS", 23, 256, IQ4_XS, _dequantize_iq4_xs),
+        *(Format(f"G4_{n}", NO_GGML_TYPE, n, dtype, _dequantize_g4) for n, dtype in G4.items()),
     )
 }

@@ -126,6 +126,9 @@ class Record:
         if panel.scales == "dm":
             d, m = (emit_half_to_f32(b, load(b, at(b, self.scales, o), halves)) for o in (0, 2 * ROWS))
             return d, m
+        if panel.scales == "dz":
+            d = emit_half_to_f32(b, load(b, self.scales, halves))
+            return d, b.fneg(b.fmul(d, b.uitofp(load(b, at(b, self.scales, 2 * ROWS), eights), V16F32)))
         per_block = BLOCK // panel.group
         subs = panel.blocks * per_block
         if panel.scales == "dm_sub":

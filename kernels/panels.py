@@ -21,6 +21,7 @@ one lane of i32x16.
     Q2_K  8 x [2-bit plane], [16 subs][16 rows] u8 as in the file, [16 x f16 d][16 x f16 dmin]   1,344 B = 16 x 84
     IQ4_NL  as Q4_0, the nibble being an index into 16 levels      288 B = 16 x 18
     IQ4_XS  8 x [4-bit plane], [8 subs][16 rows] i8, [16 x f16 d]   2,208 B, 32 more than the file
+    G4_n    n / 32 x [4-bit plane], [16 x f16 d][16 x u8 z]: GPTQ and AWQ   304, 560, 1,072 B, as the file to 3 %
     F32, F16, BF16        k vectors of 16 rows
 
 A weight is S * (u - zero) + M with the unsigned u of the planes, or S * codebook[u]. Rows beyond the matrix are zero,
@@ -54,7 +55,7 @@ class Panel:
         group: k that share a scale, 32 or 16.
         scales: "d" (f16), "dm" (f16 scale and minimum), "d_sub" (f16 times an int8 per group), "dm_sub" (two f16, each
             times a uint8 per block: scale and subtracted minimum), "dm_sub4" (the same per group, two nibbles of one
-            uint8, scale low); "" for float formats.
+            uint8, scale low), "dz" (f16 and a uint8 zero point: M = -d z, exact in f32); "" for float formats.
         pack: file bytes (rows, row_bytes) -> (groups, records, record_bytes); rows a multiple of 16.
         codebook: int8 weights that a 4-bit u stands for; () where u is the number itself.
     """
@@ -89,7 +90,7 @@ class Panel:
         if self.is_float:
             return ROWS * BLOCK * (4 if self.name == "F32" else 2)
         subs = self.blocks * BLOCK // self.group
-        tail = {"d": 2, "dm": 4, "d_sub": 2 + subs, "dm_sub": 4 + 2 * subs, "dm_sub4": 4 + subs}[self.scales]
+        tail = {"d": 2, "dm": 4, "d_sub": 2 + subs, "dm_sub": 4 + 2 * subs, "dm_sub4": 4 + subs, "dz": 3}[self.scales]
         return self.blocks * self.block_bytes + ROWS * tail
 
 
@@ -222,6 +223,15 @@ def _pack_iq4_xs(raw: Bytes) -> Bytes:
     return _record(_quads(nibbles), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
 
 
+def _pack_g4(blocks: int) -> Callable[[Bytes], Bytes]:
+    def pack(raw: Bytes) -> Bytes:
+        records = raw.reshape(len(raw), -1, 3 + 16 * blocks)
+        d = _lanes(np.ascontiguousarray(records[..., :2]).view("<u2"))
+        return _record(_quads(records[..., 3:]), d, _lanes(records[..., 2:3]))
+
+    return pack
+
+
 def _pack_float(itemsize: int) -> Callable[[Bytes], Bytes]:
     def pack(raw: Bytes) -> Bytes:
         values = np.ascontiguousarray(raw).view(f"<u{itemsize}").reshape(len(raw), -1, BLOCK)
@@ -249,6 +259,7 @@ PANELS: dict[str, Panel] = {
         Panel("Q5_K", (4, 1), 0, 8, 32, "dm_sub", _pack_k_with_minima(True)),
         Panel("Q6_K", (4, 2), 32, 8, 16, "d_sub", _pack_q6_k),
         Panel("IQ4_XS", (4,), 128, 8, 32, "d_sub", _pack_iq4_xs, _LEVELS),
+        *(Panel(f"G4_{n}", (4,), 0, n // BLOCK, BLOCK, "dz", _pack_g4(n // BLOCK)) for n in (32, 64, 128)),
     )
 }
 

@@ -309,7 +309,7 @@ def bytes_per_token(checkpoint: Checkpoint, test: Case, kv: str) -> int:
     config = checkpoint.config
     weights = checkpoint.bytes_total
     if not config.tied:
-        weights -= checkpoint.tensors["token_embd.weight"].raw.nbytes
+        weights -= checkpoint.tensors["token_embd.weight"].nbytes
     positions = test.depth + (test.size + 1) / 2  # the mean over the run
     return round(weights / test.batch + positions * page_bytes(config, kv) / int(PAGE))
 

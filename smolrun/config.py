@@ -146,7 +146,6 @@ HF_PLAIN: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (None, False),
     "num_local_experts": (None, 0),
     "num_experts": (None, 0),
-    "quantization_config": (None,),
     "is_encoder_decoder": (None, False),
 }
 GGUF_PLAIN: dict[str, tuple[Any, ...]] = {

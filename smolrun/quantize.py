@@ -176,9 +176,8 @@ def gets_more(layer: int, n_layers: int) -> bool:
     return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _rows(tensor: Tensor, first: int, end: int, *, permuted: bool) -> F32Array:
-    """Rows first..end, whole heads of them, as float32 in GGUF's interleaved rotary order or in half-split order."""
-    raw = tensor.raw.reshape(tensor.shape[0], -1)[first:end]
+def _rows(tensor: Tensor, raw: NDArray[np.uint8], *, permuted: bool) -> F32Array:
+    """Rows (n, row_bytes), whole heads of them, as float32 in interleaved (permuted) or half-split rotary order."""
     values: F32Array = dequantize_ref(FORMATS[tensor.format], raw).reshape(len(raw), -1)
     return values if tensor.permuted == permuted or not _is_rotary(tensor) else _repaired(values, permuted)
 
@@ -206,15 +205,15 @@ def _blocks(
     fmt = FORMATS[wanted]
     if len(tensor.shape) == 1:
         return _vector(tensor)
+    raw = tensor.raw.reshape(tensor.shape[0], -1)
     if tensor.format == wanted:
-        raw = tensor.raw.reshape(tensor.shape[0], -1)
         return _repaired(raw, True) if _is_rotary(tensor) and not tensor.permuted else raw
     rows, cols = tensor.shape
     out = np.empty((rows, cols // fmt.block), fmt.dtype)
     step = max(1, STEP_WEIGHTS // cols // HEAD_DIM) * HEAD_DIM
 
     def convert(first: int) -> None:
-        values = _rows(tensor, first, first + step, permuted=True)
+        values = _rows(tensor, raw[first : first + step], permuted=True)
         out[first : first + step] = quantize(fmt, values, weights)
 
     try:
@@ -291,7 +290,7 @@ def importance(checkpoint: Checkpoint, ids: Sequence[int], *, progress: Progress
     count = sum(map(len, parts))
 
     def matrix(name: str) -> F32Array:
-        return _rows(tensors[name], 0, tensors[name].shape[0], permuted=False)
+        return _rows(tensors[name], tensors[name].raw.reshape(tensors[name].shape[0], -1), permuted=False)
 
     def note(x: F32Array, *names: str) -> None:
         for name in names:

@@ -18,7 +18,23 @@ from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 HEAD_DIM = 64
 TERMS = {"f32": 0, "int8": 1, "int8x2": 2}  # activation mode -> int8 terms
 FLOATS = ("F32", "F16", "BF16")
-QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+QUANTS = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "IQ4_NL",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_XS",
+    "G4_32",
+    "G4_64",
+    "G4_128",
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ def weights(fmt: str, raw: np.ndarray) -> np.ndarray:
 def magnitudes(fmt: str, raw: np.ndarray) -> np.ndarray:
     """|w|, or |w - minimum| + |minimum| where a kernel sums the two apart: float32 (rows, k)."""
     w = weights(fmt, raw)
-    minima = {"m", "dmin"} & set(FORMATS[fmt].dtype.names or ())
+    minima = {"m", "dmin", "z"} & set(FORMATS[fmt].dtype.names or ())
     if not minima:
         return np.abs(w)
     without = raw.copy()

@@ -406,7 +406,6 @@ def test_gguf_defaults_of_the_specification(tiny: Tiny) -> None:
         ({"hidden_act": "gelu"}, UnsupportedModel, "hidden_act is 'gelu'; only 'silu'"),
         ({"sliding_window": 4096}, UnsupportedModel, "sliding_window is 4096"),
         ({"num_local_experts": 8}, UnsupportedModel, "num_local_experts is 8"),
-        ({"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
         ({"head_dim": 128}, UnsupportedModel, "heads of 128 dimensions"),
         ({"num_attention_heads": 6, "num_key_value_heads": 2}, UnsupportedModel, "heads of 32 dimensions"),
         ({"num_attention_heads": ...}, ModelFileError, "num_attention_heads is missing"),

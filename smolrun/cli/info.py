@@ -48,7 +48,7 @@ def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
     parameters = 0
     for tensor in checkpoint.tensors.values():
         counts[tensor.format] += 1
-        sizes[tensor.format] += tensor.raw.nbytes
+        sizes[tensor.format] += tensor.nbytes
         parameters += math.prod(tensor.shape)
     matrices = [(tensor.format, *tensor.shape) for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     needs = memory.estimate(config, matrices, context, kv, given.get("threads", os.cpu_count() or 1))

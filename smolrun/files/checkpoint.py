@@ -21,6 +21,7 @@ from smolrun.errors import ModelFileError, ModelNotFound, UnsupportedModel
 from smolrun.files.folder import Folder, Shard, parse_object
 from smolrun.files.gguf import read_gguf
 from smolrun.files.mapped import AGAIN, MappedFile
+from smolrun.files.gptq import Packing, layer, packing
 from smolrun.kernels.formats import FORMATS, dequantize_ref
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,7 +51,9 @@ class Tensor:
         name: GGUF's name, "blk.3.attn_q.weight".
         format: name in kernels.formats.FORMATS.
         shape: (rows, cols), or (dim,) for norms.
-        raw: the blocks, read-only uint8 (nbytes,), zero-copy.
+        nbytes: bytes of the blocks.
+        read: gives the blocks, uint8 (nbytes,): a read-only view without a copy, but for GPTQ and AWQ layers, whose
+            blocks are put together anew each time.
         permuted: rows are in GGUF's interleaved rotary order (attn_q and attn_k of a GGUF file).
         release: takes the tensor's pages out of resident memory once they are used; they come back when touched again.
     """
@@ -58,9 +61,15 @@ class Tensor:
     name: str
     format: str
     shape: tuple[int, ...]
-    raw: np.ndarray
+    nbytes: int
     permuted: bool
+    read: Callable[[], np.ndarray] = field(repr=False, compare=False)
     release: Callable[[], None] = field(repr=False, compare=False)
+
+    @property
+    def raw(self) -> np.ndarray:
+        """The blocks, uint8 (nbytes,)."""
+        return self.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +198,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise ModelFileError(f"{source}: tokenizer.chat_template is no string {AGAIN}")
-        total = sum(tensor.raw.nbytes for tensor in tensors.values())
+        total = sum(tensor.nbytes for tensor in tensors.values())
         small = {key: value for key, value in metadata.items() if key not in VOCABULARY}  # 15 MB can then be let go
         return Checkpoint(path, config, tensors, tokenizer, template, small, total, [gguf.file])
     except BaseException:
@@ -236,16 +245,18 @@ def _open_folder(path: Path) -> Checkpoint:
     shards = folder.shards()
     files = list({id(shard.file): shard.file for shard in shards.values()}.values())
     try:
-        tensors = _hf_tensors(folder.name, config, shards)
+        tensors = _hf_tensors(folder.name, config, shards, packing(documents["config.json"]))
     except BaseException:
         for file in files:
             file.close()
         raise
-    total = sum(tensor.raw.nbytes for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     return Checkpoint(path, config, tensors, tokenizer, template, documents, total, files)
 
 
-def _hf_tensors(source: str, config: ModelConfig, shards: dict[str, Shard]) -> dict[str, Tensor]:
+def _hf_tensors(
+    source: str, config: ModelConfig, shards: dict[str, Shard], packed: Packing | None
+) -> dict[str, Tensor]:
     # inv_freq follows from theta
     shards = {name: shard for name, shard in shards.items() if not name.endswith(".rotary_emb.inv_freq")}
     head, embedding = shards.get("lm_head.weight"), shards.get("model.embed_tokens.weight")
@@ -257,9 +268,19 @@ def _hf_tensors(source: str, config: ModelConfig, shards: dict[str, Shard]) -> d
         del shards["lm_head.weight"]
     shapes = expected_shapes(config)
     names = {name: hf_name(name) for name in shapes}
-    expected = {names[name]: shape for name, shape in shapes.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, own in names.items() if packed else ():
+        stem = own.removesuffix(".weight")
+        if f"{stem}.qweight" in shards:
+            made = layer(source, packed, stem, shapes[name], shards)  # type: ignore[arg-type]
+            nbytes = shapes[name][0] * FORMATS[made.format].row_bytes(shapes[name][1])
+            tensors[name] = Tensor(name, made.format, shapes[name], nbytes, False, made.read, made.release)
+    expected = {names[name]: shape for name, shape in shapes.items() if name not in tensors}
     _check(source, expected, {name: shard.shape for name, shard in shards.items()})
-    return {name: _tensor(f"{source}: tensor {own}", name, shards[own], permuted=False) for name, own in names.items()}
+    return {
+        name: tensors.get(name) or _tensor(f"{source}: tensor {own}", name, shards[own], permuted=False)
+        for name, own in names.items()
+    }
 
 
 def _hf_tokenizer(folder: Folder, documents: Mapping[str, Any], config: ModelConfig) -> TokenizerSource:
@@ -333,7 +354,8 @@ def _tensor(label: str, name: str, shard: Shard, *, permuted: bool) -> Tensor:
     raw = shard.file.view(shard.offset, shard.nbytes)
     if len(shard.shape) == 1 and not np.isfinite(dequantize_ref(FORMATS[shard.dtype], raw)).all():
         raise ModelFileError(f"{label}: NaN or infinity in it: a damaged file, or a failed training")
-    return Tensor(name, shard.dtype, shard.shape, raw, permuted, lambda: shard.file.release(shard.offset, shard.nbytes))
+    file, offset, nbytes = shard.file, shard.offset, shard.nbytes
+    return Tensor(name, shard.dtype, shard.shape, nbytes, permuted, lambda: raw, lambda: file.release(offset, nbytes))
 
 
 def _special_ids(

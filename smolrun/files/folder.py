@@ -14,12 +14,12 @@ from typing import Any
 
 from smolrun.errors import ModelFileError, UnsupportedModel
 from smolrun.files.mapped import AGAIN, MappedFile
-from smolrun.kernels.formats import FORMATS
 
 MEBI = 1 << 20
 MAX_BYTES = {"tokenizer.json": 64 * MEBI}
 MAX_OTHER = 8 * MEBI
-DTYPES = ("F32", "F16", "BF16")  # safetensors' names are GGUF's
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of one; safetensors' names are GGUF's
+PACKED = (".qweight", ".qzeros", ".g_idx")  # int32 parts of GPTQ and AWQ layers (gptq.py)
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,200}")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -142,9 +142,10 @@ class Folder:
             raise ModelFileError(f"{name}: {error} {AGAIN}") from None
         offset = 8 + int.from_bytes(bytes(file.view(0, 8)), "little")
         for key, dtype, shape in entries:
-            if dtype not in DTYPES:
+            size = 4 if dtype == "I32" and key.endswith(PACKED) else DTYPES.get(dtype)
+            if size is None:
                 raise UnsupportedModel(f"{name}: tensor {key} is {dtype}; only {', '.join(DTYPES)} are supported")
-            nbytes = math.prod(shape) * int(FORMATS[dtype].dtype.itemsize)
+            nbytes = math.prod(shape) * size
             if offset + nbytes > file.size:
                 found = f"{nbytes:,} bytes expected at offset {offset:,}, file ends at {file.size:,}"
                 raise ModelFileError(f"{name}: tensor {key}: {found} {AGAIN}")

@@ -119,11 +119,11 @@ def _fill(
     progress: Callable[[int, int], object] | None,
 ) -> None:
     """Pack every matrix, and convert the norms."""
-    done, total = 0, sum(m.tensor.raw.nbytes for m in matrices.values())
+    done, total = 0, sum(m.tensor.nbytes for m in matrices.values())
     for name, matrix in matrices.items():
         matrix.pack_into(arena.arrays[name])
         matrix.tensor.release()
-        done += matrix.tensor.raw.nbytes
+        done += matrix.tensor.nbytes
         if progress:
             progress(done, total)
     for name in arena.arrays.keys() - matrices.keys():
