@@ -20,8 +20,8 @@ from smolrun.config import ModelConfig
 from smolrun.errors import ModelFileError, ModelNotFound, UnsupportedModel
 from smolrun.files.folder import Folder, Shard, parse_object
 from smolrun.files.gguf import read_gguf
-from smolrun.files.mapped import AGAIN, MappedFile
 from smolrun.files.gptq import Packing, layer, packing
+from smolrun.files.mapped import AGAIN, MappedFile
 from smolrun.kernels.formats import FORMATS, dequantize_ref
 
 END_OF_TEXT = "<|endoftext|>"

@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from smolrun.errors import OptionError
+from smolrun.files import gptq
 from smolrun.files.checkpoint import Checkpoint
 from smolrun.kernels import formats, panels
 from smolrun.kernels.load import user_cache
@@ -130,7 +131,7 @@ def pack_of(checkpoint: Checkpoint, wanted: Mapping[str, str], sizes: Mapping[st
 
     wanted: matrix -> format in memory. sizes: array of the arena -> bytes.
     """
-    sources = (formats.__file__, panels.__file__, __file__, Path(__file__).with_name("weights.py"))
+    sources = (formats.__file__, panels.__file__, gptq.__file__, __file__, Path(__file__).with_name("weights.py"))
     digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources))
     tensors = checkpoint.tensors
     digest.update(repr([*checkpoint.identity, *sizes.items(), *wanted.items()]).encode())
