@@ -476,8 +476,8 @@ NO_GGML_TYPE = -1
 
 
 def _dequantize_g4(blocks: Blocks) -> F32Array:
-    q = _fields(blocks["qs"], 16, 4).astype(np.float32)
-    return (q - blocks["z"].astype(np.float32)[:, None]) * _scale(blocks)
+    d, q = _scale(blocks), _fields(blocks["qs"], 16, 4).astype(np.float32)
+    return d * q - d * blocks["z"].astype(np.float32)[:, None]  # all exact; so zeros are +0, as in the kernels
 
 
 def pack_g4(d: NDArray[np.float16], z: NDArray[np.uint8], q: NDArray[np.uint8]) -> Blocks:
