@@ -75,10 +75,13 @@ def test_tiles_claims_and_additions_do_not_change_bits(case: Case, tiers: list[K
 
 
 def test_multiply_adds_round_once(tiers: list[Kernels]) -> None:
-    """Also where the CPU has none: f64 rounds 1 + 2^-23 + 2^-24 - 2^-54 to a tie, and from there f32 rounds away."""
+    """Also where the CPU has none: f64 rounds 1 + 2^-23 + 2^-24 - 2^-54 to a tie, and from there f32 rounds away.
+
+    Both products at even k, which share a sum.
+    """
     case = Case("F32", "f32", 16, 32, 1)
     w, x = np.zeros((case.rows, case.k), np.float32), np.zeros((1, case.k), np.float32)
-    w[0, :2], x[0, :2] = (1 + 2.0**-23, 2.0**-24 * (1 + 2.0**-15)), (1, 1 - 2.0**-15)
+    w[0, :3:2], x[0, :3:2] = (1 + 2.0**-23, 2.0**-24 * (1 + 2.0**-15)), (1, 1 - 2.0**-15)
     w[1] = -w[0]
     y = same_bits(tiers, lambda t: t.matmul(case, w.view(np.uint8), x))
     assert y[0, :2].tolist() == [1 + 2.0**-23, -1 - 2.0**-23]
