@@ -5,8 +5,8 @@
 
 Two kinds of ratio for each format and thread count, the best of N samples over the best of N: our prefill and decode
 over llama.cpp's on the same file in the same minute, and our decode's bytes over the measured read bandwidth. A ratio
-falls clearly when it is below MARGIN of its baseline in ATTEMPTS of ATTEMPTS runs: noise here moves a ratio by 20 %, a
-kernel that lost its vectors by 300 %. A CPU without a baseline is reported and never fails.
+falls clearly when it is below MARGIN of its baseline in ATTEMPTS of ATTEMPTS runs: a virtual machine moves a ratio on
+two threads by 30 %, a kernel that lost its vectors by 300 %. A CPU without a baseline is reported and never fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from smolrun.kernels import target
 BASELINES = Path(__file__).parent / "results" / "gate.json"
 FORMATS = ("Q4_0", "Q8_0")
 PREFILL, DECODE, REPEATS = 256, 48, 5
-MARGIN, ATTEMPTS = 0.65, 2
+MARGIN, ATTEMPTS = 0.5, 2
 UPDATES = 3
 
 

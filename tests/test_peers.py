@@ -302,7 +302,7 @@ def test_ratios_are_best_over_best() -> None:
     }
 
 
-@pytest.mark.parametrize(("scale", "falls"), [(1.5, 0), (1.0, 0), (0.7, 0), (0.6, 3), (0.3, 3)])
+@pytest.mark.parametrize(("scale", "falls"), [(1.5, 0), (1.0, 0), (0.6, 0), (0.45, 3), (0.3, 3)])
 def test_only_a_clear_fall_falls(scale: float, falls: int) -> None:
     verdicts = gate.judge(gate.ratios([report(scale)]), BASELINE)
     assert sum(v.fell for v in verdicts) == falls
