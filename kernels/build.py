@@ -70,7 +70,7 @@ def main(kind: str, tier: str, names: Iterable[str]) -> None:
     for name in names:
         began = time.perf_counter()
         code = compile_c(name, *_function(name), "assembly" if kind == "assembly" else "object")
-        code = seal(*link(code), image_key(target)) if kind == "image" else code
+        code = seal(*link(code), image_key(target, name)) if kind == "image" else code
         frame = {"name": name, "bytes": len(code), "seconds": round(time.perf_counter() - began, 3)}
         out.write(json.dumps(frame).encode() + b"\n" + code)
         out.flush()

@@ -2,9 +2,9 @@
 
     names -> cached images (image.py checks them) -> missing ones: child process `build.py` -> cache -> addresses
 
-The cache is a folder whose name is a hash of all that shaped the images (the sources of this package, the versions of
-LLVM's and Numba's packages) and the tier. Nothing is ever invalidated, only not found. One process compiles at a time;
-the others see its images appear.
+The cache has a folder for each module of kernels and tier, whose name is a hash of all that shaped the images: the
+sources that the module imports, the versions of LLVM's and Numba's packages. Nothing is ever invalidated, only not
+found. One process compiles at a time; the others see its images appear.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import stat
 import sys
 import threading
@@ -53,16 +54,37 @@ class BuildError(RuntimeError):
     """The compiling child failed, or what it made cannot be executed here."""
 
 
+MODULES = {  # first word of an entry point -> the module that makes it; every other one is made by pointwise
+    "forward": "forward",
+    "classify": "forward",
+    "matmul": "matmul",
+    "row": "matmul",
+    "peak": "matmul",
+    "team": "team",
+    "worker": "team",
+}
+
+
+def module_of(name: str) -> str:
+    """The module of kernels that makes an entry point."""
+    return MODULES.get(name.partition("_")[0], "pointwise")
+
+
 @functools.cache
-def fingerprint() -> str:
-    """Hash of the kernels' sources and of their compiler."""
+def fingerprint(module: str) -> str:
+    """Hash of the sources that shape a module's kernels, and of their compiler."""
     digest = hashlib.sha256()
     for package in ("llvmlite", "numba"):  # found, not imported: the version file stands for each
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             digest.update((Path(spec.origin).parent / "_version.py").read_bytes())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
+    sources, waiting = dict[str, bytes](), [module, "build"]
+    while waiting:
+        if (name := waiting.pop()) not in sources:
+            sources[name] = (Path(__file__).parent / f"{name}.py").read_bytes()
+            waiting += re.findall(r"^from \.(\w+) import", sources[name].decode(), re.MULTILINE)
+    for name, source in sorted(sources.items()):
+        digest.update(name.encode() + source)
     return digest.hexdigest()[:16]
 
 
@@ -95,28 +117,34 @@ def _private_temporary() -> Path:
     return folder
 
 
-def image_key(tier: Tier) -> str:
+def image_key(tier: Tier, name: str) -> str:
     """All that decides what an entry point compiles to."""
-    return f"{fingerprint()}-{tier.name}"
+    return f"{fingerprint(module_of(name))}-{tier.name}"
 
 
-def cache_folders(tier: Tier) -> Iterator[Path]:
-    """Folders to read images from and, the first that can be written, to write them to."""
+def cache_folders() -> Iterator[Path]:
+    """Folders of images to read from and, the first that can be written, to write to."""
     for base in (user_cache, _private_temporary):
         try:
-            yield base() / "kernels" / image_key(tier)
+            yield base() / "kernels"
         except (OSError, RuntimeError):  # no home, or a temporary folder that is not ours alone
             continue
+
+
+def image_path(folder: Path, tier: Tier, name: str) -> Path:
+    """Where one of the cache's folders keeps an image."""
+    return folder / image_key(tier, name) / f"{name}.img"
 
 
 def _write(tier: Tier, name: str, content: bytes) -> Path | None:
     """The image's file in the first folder that can be written; None: it lives in memory alone."""
     import tempfile
 
-    for folder in cache_folders(tier):
+    for folder in cache_folders():
+        path = image_path(folder, tier, name)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(dir=path.parent)
         except OSError:
             continue  # read-only
         try:
@@ -124,8 +152,8 @@ def _write(tier: Tier, name: str, content: bytes) -> Path | None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, folder / f"{name}.img")
-            return folder / f"{name}.img"
+            os.replace(part, path)
+            return path
         except OSError:  # a full disk
             os.unlink(part)
     return None
@@ -133,15 +161,15 @@ def _write(tier: Tier, name: str, content: bytes) -> Path | None:
 
 @contextlib.contextmanager
 def _alone(tier: Tier, waiting: Callable[[], bool]) -> Iterator[None]:
-    """Holds the lock of a tier's folder; where no lock can be had, two processes may compile the same.
+    """Holds the lock of a tier; where no lock can be had, two processes may compile the same.
 
     waiting: called while another process holds it; False: enough, go on without. A lock ends with its process.
     """
     with contextlib.ExitStack() as stack:
-        for folder in cache_folders(tier):
+        for folder in cache_folders():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(folder / "lock", "ab"))
+                file = stack.enter_context(open(folder / f"{tier.name}.lock", "ab"))
                 while not _locked(file) and waiting():
                     threading.Event().wait(POLL_SECONDS)
                 break
@@ -257,21 +285,24 @@ class _Loaded:
         self.addresses: dict[str, int] = {}
         self._code: list[Code] = []
 
-    def add(self, source: Path | bytes) -> None:
-        code = Code(source, image_key(self.tier))
+    def add(self, name: str, source: Path | bytes) -> None:
+        code = Code(source, image_key(self.tier, name))
         self._code.append(code)
         self.addresses.update(code.addresses)
 
     def find(self, names: Iterable[str]) -> list[str]:
         """Take what the cache holds; the names that it does not. A damaged file is as good as none."""
         missing = [n for n in names if n not in self.addresses]
-        for folder in cache_folders(self.tier) if missing else ():
+        for folder in cache_folders() if missing else ():
+            used = set()
             for name in missing:
                 with contextlib.suppress(OSError, ImageError):
-                    self.add(folder / f"{name}.img")
-            if not (missing := [n for n in missing if n not in self.addresses]):
+                    self.add(name, path := image_path(folder, self.tier, name))
+                    used.add(path.parent)
+            for parent in used:
                 with contextlib.suppress(OSError):
-                    os.utime(folder)  # the last use
+                    os.utime(parent)  # the last use
+            if not (missing := [n for n in missing if n not in self.addresses]):
                 break
         return missing
 
@@ -291,7 +322,7 @@ class _Loaded:
         def done(name: str, content: bytes) -> None:
             path = _write(self.tier, name, content)
             with mutex:
-                self.add(path or content)
+                self.add(name, path or content)
                 report(name, sum(n not in self.addresses for n in names))
 
         with _alone(self.tier, waiting):

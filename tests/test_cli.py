@@ -458,7 +458,7 @@ def test_cache(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     kernels, weights = tmp_path / "kernels", tmp_path / "weights" / "a.pack"
 
     def fill() -> None:
-        for name in (f"{fingerprint()}-avx2", "0123456789abcdef-generic"):
+        for name in (f"{fingerprint('matmul')}-avx2", "0123456789abcdef-generic"):
             (kernels / name).mkdir(parents=True)
             (kernels / name / "row_F16.img").write_bytes(bytes(1000))
         weights.parent.mkdir(exist_ok=True)

@@ -359,4 +359,4 @@ def test_tiers_that_do_not_run_here_compile(tier: str) -> None:
         "row_Q3_K",
     ]
     for name, code in emitted("image", tier, names).items():  # linking refuses what is not self-contained
-        assert list(unseal(memoryview(code), image_key(TIERS[tier]))) == [name]
+        assert list(unseal(memoryview(code), image_key(TIERS[tier], name))) == [name]

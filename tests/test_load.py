@@ -19,6 +19,7 @@ from smolrun.kernels.image import Code, ImageError, link, seal, unseal
 from smolrun.kernels.target import choose
 
 NAME = "interleave"  # the quickest to compile
+LOCK = f"{choose().name}.lock"
 
 SCRIPT = f"""
 import os, sys
@@ -45,7 +46,7 @@ def run(body: str, **environment: str) -> str:
 def sound() -> Path:
     """The image of NAME in the cache of the tests."""
     load.addresses(choose(), [NAME])
-    return next(path for folder in load.cache_folders(choose()) if (path := folder / f"{NAME}.img").is_file())
+    return next(p for folder in load.cache_folders() if (p := load.image_path(folder, choose(), NAME)).is_file())
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def test_a_distance_that_does_not_fit_is_an_error() -> None:
 def test_all_kernels_of_a_model_are_self_contained() -> None:
     """Linking refuses what is not; here that it does link, in the tier that had to call libm once."""
     for name, code in emitted("image", "generic", ["quantise", NAME]).items():
-        assert list(unseal(memoryview(code), load.image_key(target.TIERS["generic"]))) == [name]
+        assert list(unseal(memoryview(code), load.image_key(target.TIERS["generic"], name))) == [name]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "key"])
@@ -166,7 +167,7 @@ def test_a_damaged_image_is_never_run(damage: str, sound: Path, tmp_path: Path) 
     path.write_bytes(spoilt)
     for source in (path, spoilt):
         with pytest.raises(ImageError):
-            Code(source, load.image_key(choose()))
+            Code(source, load.image_key(choose(), NAME))
 
 
 def test_a_folder_that_executes_nothing(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_a_folder_that_executes_nothing(sound: Path, monkeypatch: pytest.MonkeyP
         return real(handle, *rest)
 
     monkeypatch.setattr(mmap, "mmap", refuse)
-    assert Code(sound, load.image_key(choose())).addresses[NAME]
+    assert Code(sound, load.image_key(choose(), NAME)).addresses[NAME]
 
     class Libc:
         def mprotect(self, *_: object) -> int:
@@ -188,7 +189,7 @@ def test_a_folder_that_executes_nothing(sound: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc())
     with pytest.raises(MemoryError, match=r"Permission denied.*SMOLRUN_CACHE_DIR"):
-        Code(sound, load.image_key(choose()))
+        Code(sound, load.image_key(choose(), NAME))
     monkeypatch.setattr(load, "_loaded", load._Loaded)
     with pytest.raises(load.BuildError, match="executable memory"):
         load.addresses(choose(), [NAME])
@@ -215,16 +216,16 @@ get(lambda done, total, name: print("progress", done, total, name))
     assert sorted(text.count("compiling") for text in said) == [0, 1], said
     waiter = min(said, key=lambda text: text.count("compiling"))
     assert "progress 0 1" in waiter or not waiter, said  # silent only if it came when all was done
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {f"{NAME}.img", "lock"}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {f"{NAME}.img", LOCK}
     run("load.compile_images = poison\nget()", SMOLRUN_CACHE_DIR=str(tmp_path))
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     """Held until its process ends; meanwhile a second one reports progress and compiles nothing."""
-    folder = tmp_path / "kernels" / load.image_key(choose())
+    folder = tmp_path / "kernels"
     folder.mkdir(parents=True)
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"from smolrun.kernels.load import _locked\nf = open({str(folder / 'lock')!r}, 'ab')\n"
+        [sys.executable, "-c", f"from smolrun.kernels.load import _locked\nf = open({str(folder / LOCK)!r}, 'ab')\n"
          "assert _locked(f)\nprint(flush=True)\ninput()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
@@ -283,7 +284,7 @@ os.fsync = full
 get()
 """
     run(body, SMOLRUN_CACHE_DIR=str(tmp_path), TMPDIR=str(tmp_path))
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"lock"}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {LOCK}
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
@@ -291,12 +292,12 @@ def test_a_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("SMOLRUN_CACHE_DIR", str(tmp_path / "cache"))
     private = tmp_path / f"smolrun-{os.getuid()}"
-    assert len(list(load.cache_folders(choose()))) == 2 and private.stat().st_mode & 0o777 == 0o700
+    assert len(list(load.cache_folders())) == 2 and private.stat().st_mode & 0o777 == 0o700
     private.chmod(0o777)  # anybody could put code there
-    assert [f.parts[: len(tmp_path.parts) + 1][-1] for f in load.cache_folders(choose())] == ["cache"]
+    assert [f.parts[: len(tmp_path.parts) + 1][-1] for f in load.cache_folders()] == ["cache"]
     private.rmdir()
     private.symlink_to(tmp_path)
-    assert len(list(load.cache_folders(choose()))) == 1
+    assert len(list(load.cache_folders())) == 1
 
 
 # ---- the CPU ---------------------------------------------------------------------------------------------------------

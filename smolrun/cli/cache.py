@@ -23,14 +23,17 @@ def command(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    from smolrun.kernels.load import fingerprint, user_cache
+    from smolrun.kernels.load import MODULES, fingerprint, user_cache
     from smolrun.model import packed
 
-    rows: list[tuple[str, int, float, str]] = []
+    current = {fingerprint(module) for module in {*MODULES.values(), "pointwise"}}
+    kernels = dict[str, tuple[int, float]]()
     for folder in _kernels():
         made_from, _, tier = folder.name.partition("-")
-        state = tier if made_from == fingerprint() else f"{tier}, of another version"
-        rows.append(("kernels", _bytes(folder), folder.stat().st_mtime, state))
+        state = tier if made_from in current else f"{tier}, of another version"
+        count, used = kernels.get(state, (0, 0.0))
+        kernels[state] = count + _bytes(folder), max(used, folder.stat().st_mtime)
+    rows = [("kernels", count, used, state) for state, (count, used) in kernels.items()]
     for entry in packed.entries():
         rows.append(("weights", entry.bytes, entry.used, entry.model or "a fragment"))
     total = sum(row[1] for row in rows)
