@@ -1,8 +1,8 @@
 """The compiling child: `python -m smolrun.kernels.build KIND TIER NAME ...` writes code to stdout as it is done.
 
-KIND is "image" (a file of image.py), "object" (ELF) or "assembly" (text). A process per tier, because LLVM's target is
-fixed at Numba's first compile; a child, because then the run-time never imports Numba (0.5 s and 90 MB) and a forced or
-foreign tier is the same road as the host's. Frames on stdout: one JSON line, then the bytes.
+KIND is "image" (a file of image.py), "object" (what link.py takes) or "assembly" (text). A process per tier, because
+LLVM's target is fixed at Numba's first compile; a child, because then the run-time never imports Numba (0.5 s and 90
+MB) and a forced or foreign tier is the same road as the host's. Frames on stdout: one JSON line, then the bytes.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _function(name: str):  # type: ignore[no-untyped-def]
     raise ValueError(f"no kernel {name!r}; there are {NAMES}")
 
 
-def main(kind: str, tier: str, names: Iterable[str]) -> None:
-    """Compile entry points for a tier."""
+def main(kind: str, tier: str, names: Iterable[str], triple: str = "") -> None:
+    """Compile entry points for a tier; triple: for which system, "": this one."""
     target = TIERS[tier]
     os.environ.update(SMOLRUN_BUILD_TIER=tier, NUMBA_CPU_NAME=target.cpu, NUMBA_CPU_FEATURES=target.features)
     # Numba's own optimiser would run on every function before it is linked: ours runs once, on the whole (jit.py)
@@ -69,7 +69,7 @@ def main(kind: str, tier: str, names: Iterable[str]) -> None:
 
     for name in names:
         began = time.perf_counter()
-        code = compile_c(name, *_function(name), "assembly" if kind == "assembly" else "object")
+        code = compile_c(name, *_function(name), "assembly" if kind == "assembly" else "object", triple)
         code = seal(*link(code), image_key(target, name)) if kind == "image" else code
         frame = {"name": name, "bytes": len(code), "seconds": round(time.perf_counter() - began, 3)}
         out.write(json.dumps(frame).encode() + b"\n" + code)

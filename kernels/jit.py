@@ -35,8 +35,8 @@ def _triple(system: str = sys.platform) -> str:
     return f"{machine}-pc-windows-msvc-elf" if (system, machine) == ("win32", "x86_64") else f"{machine}-unknown-linux"
 
 
-def compile_c(name: str, function: Callable[..., Any], signature: Any, emit: str = "object") -> bytes:
-    """Code of a function under the C symbol `name`; emit: "object" or "assembly".
+def compile_c(name: str, function: Callable[..., Any], signature: Any, emit: str = "object", triple: str = "") -> bytes:
+    """Code of a function under the C symbol `name`; emit: "object" or "assembly"; triple: "": this system's.
 
     Numba's own C wrapper reports exceptions through the Python API; ours is five lines of IR and needs nothing.
     Position independent code of the small model: image.py makes the same bytes run anywhere.
@@ -64,7 +64,7 @@ define {value} @{name}({params}) {{
     for g in module.global_variables:
         if not g.is_declaration:
             g.linkage = "internal"
-    module.triple = _triple()
+    module.triple = triple or _triple()
     # macOS and Windows keep AArch64's register 18 to themselves
     features = TIER.features + ("" if TIER.cpu.startswith("x86") else ",+reserve-x18")
     machine = llvm.Target.from_triple(module.triple).create_target_machine(

@@ -44,7 +44,7 @@ _CHILD = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from smolrun.kernels.build import main
-main("image", sys.argv[2], map(str.strip, sys.stdin))
+main(sys.argv[2], sys.argv[3], map(str.strip, sys.stdin), sys.argv[4])
 """
 COMPILERS = 2  # 200 MB each; the forward pass is half of the work, so a third would wait for it
 POLL_SECONDS = 0.1  # between two looks at what another process compiles
@@ -198,9 +198,17 @@ def _locked(file: IO[bytes]) -> bool:
 
 
 def compile_images(tier: Tier, names: list[str], done: Callable[[str, bytes], None]) -> None:
+    """Compile entry points for this machine: `compile_code` of images."""
+    compile_code("image", tier, names, done)
+
+
+def compile_code(kind: str, tier: Tier, names: list[str], done: Callable[[str, bytes], None], triple: str = "") -> None:
     """Compile entry points in child processes, COMPILERS at a time; a child that is done with one is given the next.
 
-    done: called with (name, content of the image's file), by several threads.
+    Args:
+        kind: "image", "object" or "assembly", see build.py.
+        done: called with (name, code), by several threads.
+        triple: what to compile for; "": this system.
 
     Raises:
         BuildError: a child could not be started or failed; its last words are in the message.
@@ -211,7 +219,7 @@ def compile_images(tier: Tier, names: list[str], done: Callable[[str, bytes], No
 
     def serve() -> None:
         try:
-            _compile(tier, waiting, done)
+            _compile(kind, tier, waiting, done, triple)
         except (BuildError, MemoryError) as error:
             waiting.clear()
             errors.append(error)
@@ -226,12 +234,12 @@ def compile_images(tier: Tier, names: list[str], done: Callable[[str, bytes], No
         raise errors[0]
 
 
-def _compile(tier: Tier, waiting: list[str], done: Callable[[str, bytes], None]) -> None:
+def _compile(kind: str, tier: Tier, waiting: list[str], done: Callable[[str, bytes], None], triple: str) -> None:
     """One child; takes names from the front of `waiting` until none is left."""
     import subprocess
 
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    command = [sys.executable, "-c", _CHILD, json.dumps([p for p in sys.path if p]), tier.name]
+    command = [sys.executable, "-c", _CHILD, json.dumps([p for p in sys.path if p]), kind, tier.name, triple]
     with _scratch() as errors:
         try:
             child = subprocess.Popen(

@@ -1,0 +1,125 @@
+"""Shared objects for devices without a compiler: the objects of build.py, for any target, joined by LLVM's linker.
+
+    build.py (a child per tier)  ->  objects  ->  lld  ->  libsmolrun-TIER.so | .dll | .dylib
+
+The objects are those of the images, from the same functions: kernels call nothing and hold no addresses, so nothing is
+left undefined, no library is needed and one ELF file serves glibc, musl and Android. lld is taken from PATH, or from
+the PyPI package `ziglang`, which carries it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .load import BuildError, compile_code
+from .target import TIERS, Tier
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of device.
+
+    Attributes:
+        name: what people call it, and `smolrun compile --target` reads.
+        machine: `platform.machine()` there, one of Tier.machines.
+        triple: what LLVM compiles for. Calling conventions differ on Windows, registers kept by the system on Apple's.
+        linker: flavour of lld.
+        suffix: of a shared object.
+        flags: the linker's.
+    """
+
+    name: str
+    machine: str
+    triple: str
+    linker: str
+    suffix: str
+    flags: tuple[str, ...]
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """The tiers of its architecture, best first."""
+        return [tier for tier in TIERS.values() if self.machine in tier.machines]
+
+
+# Pages of a device may be as large as 64 KB (16 KB on a Pi 5, on Apple's and on Android 15): segments begin on such.
+_ELF = (
+    *("-shared", "-Bsymbolic", "--strip-all", "--build-id=none", "--hash-style=both"),
+    *("-z", "defs", "-z", "noexecstack", "-z", "max-page-size=65536"),
+)
+# windows-gnu: MSVC's environment would ask its run-time for `_fltused`
+_DLL = ("/dll", "/noentry", "/nodefaultlib", "/machine:x64", "/Brepro")
+_DYLIB = ("-dylib", "-arch", "arm64", "-platform_version", "macos", "11.0", "11.0")
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("aarch64-linux-android", "aarch64", "aarch64-unknown-linux", "ld.lld", ".so", _ELF),
+        Target("aarch64-linux-gnu", "aarch64", "aarch64-unknown-linux", "ld.lld", ".so", _ELF),
+        Target("x86_64-linux-gnu", "x86_64", "x86_64-unknown-linux", "ld.lld", ".so", _ELF),
+        Target("x86_64-windows", "AMD64", "x86_64-w64-windows-gnu", "lld-link", ".dll", _DLL),
+        Target("arm64-apple-darwin", "arm64", "arm64-apple-macosx11.0.0", "ld64.lld", ".dylib", _DYLIB),
+    )
+}
+
+
+def compile_objects(tier: Tier, names: Iterable[str], target: Target) -> dict[str, bytes]:
+    """Relocatable objects of entry points (see build.NAMES): ELF, COFF or Mach-O as the target has it.
+
+    Raises:
+        BuildError: the compiling child failed.
+    """
+    objects: dict[str, bytes] = {}
+    compile_code("object", tier, list(dict.fromkeys(names)), objects.__setitem__, target.triple)
+    return objects
+
+
+def link(objects: Mapping[str, bytes], exports: Iterable[str], target: Target, out: Path) -> None:
+    """Join objects into the shared object `out`, whose name becomes its own; the same objects give the same bytes.
+
+    Args:
+        objects: any name -> relocatable object.
+        exports: C symbols that the shared object offers.
+
+    Raises:
+        BuildError: no linker, or it refused: a symbol that no object defines is an error.
+    """
+    command, exports = [*_linker(target.linker), *target.flags], list(exports)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, made = [], os.path.join(folder, out.name)  # lld-link leaves more than its product behind
+        for name, content in sorted(objects.items()):
+            inputs.append(os.path.join(folder, f"{name}.o"))
+            Path(inputs[-1]).write_bytes(content)
+        if target.suffix == ".dll":
+            command += [f"/out:{made}", *(f"/export:{name}" for name in exports), *inputs]
+        elif target.suffix == ".dylib":
+            names = (part for name in exports for part in ("-exported_symbol", f"_{name}"))
+            command += ["-o", made, "-install_name", f"@rpath/{out.name}", *names, *inputs]
+        else:
+            script = os.path.join(folder, "exports")
+            Path(script).write_text("{ global: " + " ".join(f"{name};" for name in exports) + " local: *; };")
+            command += ["-o", made, "-soname", out.name, f"--version-script={script}", *inputs]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip()
+            raise BuildError(f"{' '.join(command[:3])} ... could not link {out.name}: {said[:1000]}")
+        shutil.copyfile(made, out)
+
+
+def _linker(flavour: str) -> list[str]:
+    """The command that runs lld as `flavour`."""
+    if found := shutil.which(flavour):
+        return [found]
+    if importlib.util.find_spec("ziglang") and flavour != "ld64.lld":  # zig links Mach-O on its own, without lld
+        return [sys.executable, "-m", "ziglang", flavour]
+    raise BuildError(
+        f"no {flavour} on PATH: install lld (apt install lld, brew install lld)"
+        + ("" if flavour == "ld64.lld" else ", or `pip install ziglang`, which carries it")
+    )
