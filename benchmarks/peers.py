@@ -46,7 +46,7 @@ from smolrun.bench import Case
 from smolrun.errors import SmolrunError
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.files.sources import resolve
-from smolrun.model.workers import available_cores
+from smolrun.model.machine import available_cores
 from smolrun.peer import Child, Runtime
 from smolrun.text.tokenizer import Tokenizer
 from smolrun.verify import Comparison, sample_text

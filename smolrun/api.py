@@ -48,6 +48,7 @@ from smolrun.generate.sampler import Logits, Sampling
 from smolrun.generate.speculate import Speculator
 from smolrun.generate.turns import Holder, Turns
 from smolrun.model.llama import Llama
+from smolrun.model.memory import trim
 from smolrun.session import Session, Sessions, model_digest
 from smolrun.text.dialogue import AnswerMemory, is_answer
 from smolrun.text.template import ChatTemplate
@@ -71,6 +72,7 @@ def load(
     precision: str = "fast",
     speculate: str | None = None,
     draft: str | Path | None = None,
+    force: bool = False,
     offline: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> "LLM":
@@ -88,11 +90,12 @@ def load(
         speculate: "lookup" guesses the next ids from earlier ones of prompt and answer, and checks several in one pass:
             answers that quote (a summary, edited code) come faster. Every answer stays what it is, bit for bit.
         draft: a source of a smaller model of the same vocabulary that guesses. Both may be given.
+        force: load it even where the available memory seems too small.
         offline: never ask the network.
         progress: called with ("compile" or "load", done, total): the very first start compiles the kernels.
 
     Raises:
-        ModelNotFound, ModelFileError, UnsupportedModel, OptionError, KernelError: see `smolrun.errors`.
+        ModelNotFound, ModelFileError, UnsupportedModel, OptionError, OutOfMemory, KernelError: see `smolrun.errors`.
     """
     if speculate not in (None, "lookup"):
         raise OptionError(f"speculate is {speculate!r}, 'lookup' or None expected (a model that guesses is `draft`)")
@@ -100,6 +103,8 @@ def load(
         checkpoint = opened.enter_context(open_checkpoint(resolve(source, offline=offline)))
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
         template = ChatTemplate(checkpoint.chat_template, tokenizer)
+        checkpoint.release()  # the header's pages
+        trim()
         model = Llama(
             checkpoint,
             context=context,
@@ -107,12 +112,14 @@ def load(
             quantize=quantize,
             kv=kv,
             precision=precision,
+            force=force,
             progress=progress,
         )
+        checkpoint.release()
         opened.callback(model.close)
         guesser = None
         if draft is not None:
-            guesser = _load_draft(opened, resolve(draft, offline=offline), model, tokenizer, kv, progress)
+            guesser = _load_draft(opened, resolve(draft, offline=offline), model, tokenizer, kv, force, progress)
         speculator = None
         if guesser is not None or speculate is not None:
             speculator = Speculator(lookup=speculate == "lookup", draft=guesser, clock=time.perf_counter)
@@ -128,6 +135,7 @@ def _load_draft(
     model: Llama,
     tokenizer: Tokenizer,
     kv: str,
+    force: bool,
     progress: Callable[[str, int, int], object] | None,
 ) -> Llama:
     """The draft of a model: it runs on the model's threads, and never while the model runs."""
@@ -145,7 +153,8 @@ def _load_draft(
                 "a draft model needs the model's own vocabulary"
             )
     context = min(model.context, checkpoint.config.max_positions)
-    guesser = Llama(checkpoint, context=context, kv=kv, team=model.team, progress=progress)
+    guesser = Llama(checkpoint, context=context, kv=kv, team=model.team, force=force, progress=progress)
+    checkpoint.release()
     opened.callback(guesser.close)
     return guesser
 

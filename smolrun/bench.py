@@ -33,8 +33,8 @@ from smolrun.kernels import load, target
 from smolrun.kernels.block import PAGE
 from smolrun.kernels.panels import ROWS
 from smolrun.model.llama import Llama
+from smolrun.model.machine import available_cores
 from smolrun.model.memory import SEGMENTS, Arena, page_bytes
-from smolrun.model.workers import available_cores
 from smolrun.peer import Peer
 from smolrun.text.tokenizer import Tokenizer
 from smolrun.verify import Comparison, logits_in_cuts, sample_text, weight_format
@@ -202,6 +202,7 @@ def run(
     quantize: str | None = None,
     kv: str = "f16",
     precision: str = "fast",
+    force: bool = False,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Measures a model.
@@ -213,7 +214,7 @@ def run(
         threads: thread counts; 1 and all cores if None.
         repeats: samples of each figure, after one that is thrown away.
         compare: "llama.cpp" (needs a GGUF file), or None.
-        quantize, kv, precision: as for smolrun.load.
+        quantize, kv, precision, force: as for smolrun.load.
         progress: gets a line for every test.
 
     Raises:
@@ -238,6 +239,7 @@ def run(
         check = tokenizer.encode(sample_text())[:CHECK_TOKENS]
         for n in teams:
             options: dict[str, Any] = {"threads": n, "quantize": quantize, "kv": kv, "precision": precision}
+            options["force"] = force
             model = Llama(checkpoint, context=max(context, CHECK_TOKENS, *shared), **options)
             peer = Peer(path, context=max(context, CHECK_TOKENS), threads=n) if compare else None
             try:
@@ -265,7 +267,7 @@ def run(
             raise SmolrunError(f"logits differ between thread counts, please report this as a bug: {hashes}")
         progress("first token of a fresh process")
         options = {"context": min(COLD_CONTEXT, checkpoint.config.max_positions), "threads": teams[-1]}
-        options |= {"quantize": quantize, "kv": kv, "precision": precision}
+        options |= {"quantize": quantize, "kv": kv, "precision": precision, "force": force}
         first_token, peak_memory = cold_start(path, options)
         return Report(
             model=path.name,

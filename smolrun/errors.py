@@ -9,6 +9,7 @@
     |-- ContextOverflow    prompt + answer do not fit; carries both counts
     |-- SessionError       a session file that is damaged, of another model, or cannot be written
     |-- OptionError        an argument out of range; names it, its value and the range (also a ValueError)
+    |-- OutOfMemory        a model that does not fit the memory at hand; says what would (also a MemoryError)
     |-- KernelError        no kernels for this CPU, or their compilation failed
     `-- ModelClosed        the LLM was closed
 
@@ -63,6 +64,10 @@ class SessionError(SmolrunError):
 
 class OptionError(SmolrunError, ValueError):
     """An argument out of its range."""
+
+
+class OutOfMemory(SmolrunError, MemoryError):
+    """A model that needs more memory than there is."""
 
 
 class KernelError(SmolrunError):

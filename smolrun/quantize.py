@@ -31,7 +31,7 @@ from smolrun.kernels.formats import FORMATS, dequantize_ref
 from smolrun.kernels.rounding import quantize
 from smolrun.model import rope
 from smolrun.model.llama import Llama
-from smolrun.model.workers import available_cores
+from smolrun.model.machine import available_cores
 from smolrun.text.tokenizer import Tokenizer, gguf_vocabulary
 from smolrun.verify import WINDOW, Comparison, Summary, logits_in_cuts, windows
 
@@ -73,6 +73,7 @@ KINDS = {
     "q4_1": Kind(3, "Q4_1", "", "Q6_K"),
     "q4_0": Kind(2, "Q4_0", "", "Q6_K"),
 }
+FLOATS = ("F32", "F16", "BF16")
 # where rows do not divide into blocks of 256: 576 and 960, the widths of 135M and 360M
 NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
@@ -83,12 +84,15 @@ class Quantized:
 
     Attributes:
         tensors: matrices and norms by format.
+        twice: matrices that had been rounded to another quantised format before, by that format; better quantise from
+            the weights those came from.
     """
 
     path: Path
     bytes: int
     parameters: int
     tensors: Mapping[str, int]
+    twice: Mapping[str, int]
 
     @property
     def bits_per_weight(self) -> float:
@@ -137,9 +141,10 @@ def quantize_file(
         if calibrate is not None:
             ids = Tokenizer.from_source(checkpoint.tokenizer).encode(calibrate)[:CALIBRATION_TOKENS]
             weights = importance(checkpoint, ids, progress=progress)
-        tensors = []
+        tensors, twice = [], Counter[str]()
         for done, (name, tensor) in enumerate(checkpoint.tensors.items()):
             wanted = format_of(checkpoint, tensor, KINDS[kind])
+            twice[tensor.format] += tensor.format not in (wanted, *FLOATS) and wanted not in FLOATS
 
             def make(tensor: Tensor = tensor, wanted: str = wanted, done: int = done) -> NDArray[Any]:
                 blocks = _blocks(tensor, wanted, weights.get(tensor.name), pool, f"{path.name}: tensor {tensor.name}")
@@ -154,6 +159,7 @@ def quantize_file(
             bytes=target.stat().st_size,
             parameters=sum(math.prod(tensor.shape) for tensor in tensors),
             tensors=dict(Counter(tensor.format for tensor in tensors)),
+            twice=dict(+twice),
         )
 
 
@@ -378,6 +384,7 @@ def fidelity(
     *,
     max_tokens: int = COMPARED_TOKENS,
     threads: int | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Fidelity:
     """Compares two models on a text: both with a float32 cache, the source's activations in float32 too.
@@ -396,7 +403,8 @@ def fidelity(
         both = Comparison([("source", "target")])
         try:
             for checkpoint, precision in ((a, "f32"), (b, "exact")):
-                models.append(Llama(checkpoint, context=WINDOW, threads=threads, kv="f32", precision=precision))
+                options: dict[str, Any] = {"context": WINDOW, "threads": threads, "force": force}
+                models.append(Llama(checkpoint, kv="f32", precision=precision, **options))
             for done, part in enumerate(parts):
                 rows = [logits_in_cuts(model, part, [model.chunk]) for model in models]
                 both.add(dict(zip(("source", "target"), rows, strict=True)), part)

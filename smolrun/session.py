@@ -41,7 +41,7 @@ from smolrun.generate.engine import passes
 from smolrun.kernels.block import PAGE
 from smolrun.model.cache import Slot
 from smolrun.model.llama import Llama
-from smolrun.model.workers import available_cores
+from smolrun.model.machine import available_cores
 
 MAGIC = b"SMOLKV"
 VERSION = 1

@@ -27,7 +27,7 @@ from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.generate.engine import Model, generate_ids
 from smolrun.generate.sampler import Sampling
 from smolrun.model.llama import Llama
-from smolrun.model.workers import available_cores
+from smolrun.model.machine import available_cores
 from smolrun.peer import Peer, requantise
 from smolrun.text.tokenizer import Tokenizer
 
@@ -307,6 +307,7 @@ def run(
     precision: str = "fast",
     threads: int | None = None,
     kv: str = "f16",
+    force: bool = False,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Compares smolrun and llama.cpp with the exact model of a file, and smolrun with itself.
@@ -318,7 +319,7 @@ def run(
         text_file: UTF-8 text to predict; the shipped sample_text() if None.
         max_tokens: how many of its tokens at most.
         window: tokens of each independent run.
-        precision, threads, kv: as for smolrun.load.
+        precision, threads, kv, force: as for smolrun.load.
         progress: gets a line for every step.
 
     Raises:
@@ -338,7 +339,7 @@ def run(
         probe = parts[0][: min(len(parts[0]), IDENTITY_TOKENS)]
 
         def load(team: int | None) -> Llama:
-            return Llama(checkpoint, context=context, threads=team, quantize=None, kv=kv, precision=precision)
+            return Llama(checkpoint, context=context, threads=team, kv=kv, precision=precision, force=force)
 
         all_three = Comparison([("exact", "ours"), ("exact", "peer"), ("peer", "ours")])
         team = threads or available_cores()

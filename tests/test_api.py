@@ -573,8 +573,8 @@ def test_a_fork_works_or_says_why_not(llm):
 def test_public_names():
     assert sorted(smolrun.__all__) == [
         "Chunk", "Completion", "ContextOverflow", "KernelError", "LLM", "ModelClosed", "ModelFileError",
-        "ModelNotFound", "OptionError", "Sampling", "SessionError", "SmolrunError", "TemplateError", "Timings",
-        "TokenizerError", "UnsupportedModel", "__version__", "load", "quantize_file",
+        "ModelNotFound", "OptionError", "OutOfMemory", "Sampling", "SessionError", "SmolrunError", "TemplateError",
+        "Timings", "TokenizerError", "UnsupportedModel", "__version__", "load", "quantize_file",
     ]  # fmt: skip
     for name in smolrun.__all__:
         assert getattr(smolrun, name) is not None

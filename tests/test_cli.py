@@ -95,6 +95,7 @@ LOAD = {
     ("--context", "512"): ("context", 512),
     ("--threads", "3"): ("threads", 3),
     ("--quantize", "q8_0"): ("quantize", "q8_0"),
+    ("--force",): ("force", True),
     ("--kv", "f32"): ("kv", "f32"),
     ("--precision", "exact"): ("precision", "exact"),
     ("--speculate", "lookup"): ("speculate", "lookup"),
@@ -485,13 +486,40 @@ def test_info(run: Run, tmp_path: Path) -> None:
     assert facts["architecture"]["dim"] == 192 and facts["architecture"]["head_dim"] == 64
     assert sum(entry["bytes"] for entry in facts["formats"].values()) == facts["bytes"]
     memory = facts["memory"]
-    assert memory["context"] == 128 and memory["total"] == memory["weights"] + memory["kv"] + memory["scratch"]
+    assert memory["context"] == 128 and memory["would_fit"] == []
+    assert memory["total"] == sum(memory[name] for name in ("weights", "kv", "scratch", "process"))
     kv_heads = facts["architecture"]["n_kv_heads"]
     assert memory["kv"] == 128 * 2 * facts["architecture"]["n_layers"] * kv_heads * 64 * 4
     _, out, _ = run("info", str(files.gguf), "--json", "--context", "128", "--kv", "q8_0,q4_0")
     assert json.loads(out)["memory"]["kv"] == memory["kv"] * (34 + 18) // (2 * 128)
+    _, out, _ = run("info", str(files.folder), "--json", "--quantize", "q8_0")
+    assert json.loads(out)["memory"]["weights"] == memory["weights"] * 34 // (32 * 4)
     code, out, _ = run("info", str(files.folder))
     assert code == 0 and f"{facts['parameters']:,}" in out
+
+
+def test_info_says_what_would_fit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smolrun.model import machine
+    from tiny import make_tiny
+
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 4000 kB\n")
+    monkeypatch.setattr(machine, "HERE", machine.Machine(tmp_path))
+    code, out, _ = run("info", str(make_tiny(tmp_path).gguf), "--context", "2048", "--kv", "f32", "--threads", "1")
+    assert code == 0 and "4.1 MB: MemAvailable in /proc/meminfo" in out
+    assert 'would fit   quantize="q8_0"' in out
+
+
+def test_quantising_what_is_quantised_is_told(run: Run, tmp_path: Path) -> None:
+    from tiny import make_tiny
+
+    files = make_tiny(tmp_path, fmt="Q8_0")
+    code, _, err = run("quantize", str(files.gguf), str(tmp_path / "small.gguf"), "--format", "q4_0")
+    assert code == 0 and "rounded twice: " in err and "Q8_0" in err
+    for kind in ("q8_0", "f16"):
+        assert "twice" not in run("quantize", str(files.gguf), str(tmp_path / "o.gguf"), "--format", kind)[2]
+    plain = make_tiny(tmp_path / "plain", fmt="BF16")
+    assert "twice" not in run("quantize", str(plain.gguf), str(tmp_path / "o.gguf"), "--format", "q4_0")[2]
 
 
 def test_licence_of_a_model_card(tmp_path: Path) -> None:

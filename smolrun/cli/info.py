@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,10 +18,13 @@ if TYPE_CHECKING:
     from smolrun.files.checkpoint import Checkpoint
 
 
+_PARTS = ("weights", "kv", "scratch", "process")
+
+
 @click.command("info")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@load_options("quantize", "precision", "speculate", "draft")
+@load_options("precision", "speculate", "draft", "force")
 @verbose_option
 def command(model: str | None, as_json: bool, load: LoadOptions) -> None:
     """Show what a model is and needs.
@@ -37,7 +39,7 @@ def command(model: str | None, as_json: bool, load: LoadOptions) -> None:
 
 
 def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
-    from smolrun.model import memory
+    from smolrun.model import machine, memory
     from smolrun.model.weights import kept, plan
 
     config = checkpoint.config
@@ -50,8 +52,13 @@ def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
         counts[tensor.format] += 1
         sizes[tensor.format] += tensor.nbytes
         parameters += math.prod(tensor.shape)
-    matrices = [(tensor.format, *tensor.shape) for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
-    needs = memory.estimate(config, matrices, context, kv, given.get("threads", os.cpu_count() or 1))
+    matrices = plan(checkpoint, given.get("quantize"))
+    shapes = [(matrix.format, matrix.rows, matrix.cols) for matrix in matrices.values()]
+    threads = given.get("threads", machine.available_cores())
+    needs, room = memory.estimate(config, shapes, context, kv, threads), machine.HERE.available()
+    ways: list[str] = []
+    if room is not None and needs.model > room.bytes:
+        ways = list(memory.fitting(config, shapes, context, kv, threads, room.bytes))
     return {
         "name": config.name or checkpoint.path.stem,
         "path": str(checkpoint.path),
@@ -66,16 +73,21 @@ def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": checkpoint.bytes_total,
         "formats": {name: {"tensors": counts[name], "bytes": sizes[name]} for name, _ in sizes.most_common()},
-        "packed": kept(checkpoint, plan(checkpoint, None)).state(),
+        "packed": kept(checkpoint, matrices).state(),
         "chat_template": checkpoint.chat_template is not None,
         "memory": {"context": context, "kv_format": kv}
-        | {name: getattr(needs, name) for name in ("weights", "kv", "scratch", "total")},
+        | {name: getattr(needs, name) for name in (*_PARTS, "total")}
+        | {
+            "available": room.bytes if room else None,
+            "available_says": room.source if room else None,
+            "would_fit": ways,
+        },
     }
 
 
 def _table(facts: dict[str, Any]) -> str:
     a, memory = facts["architecture"], facts["memory"]
-    parts = ", ".join(f"{name} {size(memory[name])}" for name in ("weights", "kv", "scratch"))
+    parts = ", ".join(f"{name} {size(memory[name])}" for name in _PARTS)
     rows: list[tuple[str, str]] = [
         ("name", facts["name"]),
         ("path", facts["path"]),
@@ -95,6 +107,10 @@ def _table(facts: dict[str, Any]) -> str:
         ("chat", "yes" if facts["chat_template"] else "no template: a base model, use generate"),
         ("memory", f"{size(memory['total'])} at context {memory['context']:,}, {memory['kv_format']} ({parts})"),
     ]
+    if memory["available"] is not None:
+        rows.append(("available", f"{size(memory['available'])}: {memory['available_says']}"))
+    if memory["would_fit"]:
+        rows.append(("would fit", "; ".join(memory["would_fit"])))
     return columns(rows)
 
 

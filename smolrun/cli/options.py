@@ -82,6 +82,7 @@ _LOAD = {
         "--speculate", type=click.Choice(["lookup"]), help="Guess ids that were seen before; same answer, often sooner."
     ),
     "draft": click.option("--draft", metavar="MODEL", help="A smaller model that guesses for MODEL; same answer."),
+    "force": click.option("--force", is_flag=True, default=None, help="Load it even if memory seems too small."),
     "offline": click.option("--offline", is_flag=True, default=None, help="Never use the network."),
 }
 

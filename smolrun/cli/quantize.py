@@ -50,8 +50,12 @@ def command(
     path = load.path(model)
     text = None if kl_text is None else sample_text() if kl_text is SHIPPED else read(Path(kl_text))
     settings = {**load.settings, **progress.loading()}
+    force = settings.pop("force", False)
     written = quantize_file(path, target, kind, calibrate=read(calibrate) if calibrate else None, **settings)
-    found = None if text is None else fidelity(path, target, text, **settings)
+    if written.twice:
+        formats = ", ".join(f"{count} {name}" for name, count in sorted(written.twice.items()))
+        click.echo(f"rounded twice: {formats} of the source; from F16 or BF16 weights the loss is smaller", err=True)
+    found = None if text is None else fidelity(path, target, text, force=force, **settings)
     if as_json:
         facts = {**dataclasses.asdict(written), "path": str(target), "bits_per_weight": written.bits_per_weight}
         click.echo(json.dumps(facts | {"fidelity": None if found is None else dataclasses.asdict(found)}))

@@ -113,6 +113,11 @@ class Checkpoint:
         """MappedFile.identity of each file."""
         return [file.identity for file in self._files]
 
+    def release(self) -> None:
+        """Take the files' pages out of resident memory; they come back when touched again."""
+        for file in self._files:
+            file.release(0, file.size)
+
     def close(self) -> None:
         """Close the files. Views that are still held stay readable."""
         self.tensors = {}

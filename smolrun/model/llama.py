@@ -11,13 +11,13 @@ from smolrun.config import ModelConfig
 from smolrun.errors import KernelError, ModelClosed, OptionError
 from smolrun.files.checkpoint import Checkpoint
 from smolrun.kernels import load as kernels
-from smolrun.kernels.block import LINE, MATRICES, PART, PHASES, SPAN, B, S, f32_bits
+from smolrun.kernels.block import MATRICES, PART, SPAN, B, S, f32_bits
 from smolrun.kernels.panels import PANELS, ROWS
 from smolrun.kernels.target import choose, token_tile
-from smolrun.model import memory, rope
+from smolrun.model import machine, memory, rope
 from smolrun.model.cache import KVCache, Slot
 from smolrun.model.weights import Weights, kind_of, plan
-from smolrun.model.workers import Team, available_cores
+from smolrun.model.workers import Team
 
 Floats = NDArray[np.float32]
 MODES = ("f32", "int8", "int8x2")  # activations by their int8 terms
@@ -32,7 +32,6 @@ PRECISION = {
     "exact": dict.fromkeys(_ALL, 2),
     "f32": dict.fromkeys(_ALL, 0),
 }
-LOGIT_ROWS = 28  # rows of one classifier pass; bounds its buffer, 200 KB a row
 ROPE_STEP = 512
 
 
@@ -63,6 +62,7 @@ class Llama:
         precision: str = "fast",
         chunk: int = memory.CHUNK,
         team: Team | None = None,
+        force: bool = False,
         progress: Callable[[str, int, int], object] | None = None,
     ) -> None:
         """As smolrun.load; `team`: that of a model whose passes never overlap with this one's, None: an own one."""
@@ -72,12 +72,16 @@ class Llama:
         forward = f"forward_{key}" if key == value else f"forward_{key}_{value}"
         c = checkpoint.config
         self.config: ModelConfig = c
-        self.threads = team.threads if team is not None else available_cores() if threads is None else threads
+        ours = machine.HERE.threads()
+        self.threads = team.threads if team is not None else ours.count if threads is None else threads
         if not 1 <= self.threads <= 256:
             raise OptionError(f"threads={threads}: expected 1..256")
         self.chunk, self.segments, self.precision, self.kv = chunk, memory.SEGMENTS, precision, kv
         matrices = plan(checkpoint, quantize)
         self.context = self._context(context, sum(m.bytes for m in matrices.values()))
+        if not force:
+            shapes = [(m.format, m.rows, m.cols) for m in matrices.values()]
+            memory.check(checkpoint.path.name, c, shapes, self.context, kv, self.threads)
         formats = {name: m.format for name, m in matrices.items()}
 
         def terms(fmt: str, matrix: str) -> int:
@@ -107,16 +111,15 @@ class Llama:
         sizes = memory.buffer_sizes(
             c, chunk=chunk, terms=max(PRECISION[precision].values()), threads=self.threads, context=self.context
         )
-        sizes["counters"] = LINE * (2 + c.n_layers * PHASES)
-        sizes["rope"] = 4 * 64 * self.context
-        self._logit_rows = min(LOGIT_ROWS, chunk)  # its activations lie in the chunk's buffers
-        sizes["logits"] = 4 * self._logit_rows * ROWS * int(self.weights.head[2])
+        self._logit_rows = min(memory.LOGIT_ROWS, chunk)
         self._span_bytes = 4 * c.n_heads * PART
-        self._arena = memory.Arena(sizes)
+        self._arena = memory.Arena(sizes, huge=False)  # most of it is for long prompts
         code["forward"] = code[forward]
         self._jobs = {job: code[job] for job in ("forward", "classify")}
         self._own_team = team is None
-        self._team: Team | None = Team(code, self.threads) if team is None else team
+        self._team: Team | None = (
+            Team(code, self.threads, ours.cpus if self.threads <= ours.count else ()) if team is None else team
+        )
         self.block = self._fill(code, sizes)
         self._block_address = self.block.ctypes.data  # asking NumPy for it costs 3 us
 

@@ -1,24 +1,43 @@
-"""How much memory a model takes: from shapes alone, before anything is loaded."""
+"""How much memory a model takes, from shapes alone, and whether it is there: told before anything is allocated.
+
+    weights     panels of every matrix, touched whole by every token
+    kv          pages of 64 positions, zero until a sequence reaches them
+    scratch     buffers of a pass of CHUNK positions, and the threads'
+    process     Python, NumPy, tokenizer, the kernels' code
+
+*What counts.* The peak of resident memory (VmHWM), which is what a full device kills by. Weights count in full even
+where they are a read-only map of the packed file: the system may take such pages back and all processes share one copy
+of them, but every token reads every one, so a model whose weights do not stay in memory runs at the speed of the disk.
+What lies in the page cache counts as free: it becomes ours without another copy. The model's own file does not count,
+its pages are given back as soon as they are packed.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
-from smolrun.errors import OptionError, SmolrunError
-from smolrun.kernels.block import HEAD_DIM, KV_BYTES, PAGE, PART, SPAN, S, scratch_bytes
+from smolrun.errors import OptionError, OutOfMemory, SmolrunError
+from smolrun.kernels.block import HEAD_DIM, KV_BYTES, LINE, PAGE, PART, PHASES, SPAN, S, scratch_bytes
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
 from smolrun.kernels.target import record_bytes
+from smolrun.model import machine
 
 LEAST_CONTEXT = 512  # positions; the default goes no lower, however little memory there is
 CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
 SEGMENTS = 32  # sequences of one pass
+LOGIT_ROWS = 28  # rows of one classifier pass; bounds its buffer, 200 KB a row
+PROCESS = 46_000_000  # bytes of Python, NumPy, the tokenizers library and the kernels' code, on Linux
+PROCESS_TOKEN = 500  # bytes for each token of the vocabulary, as texts, merges and the tables made of them
+
+Shapes = Sequence[tuple[str, int, int]]  # (format, rows, cols) of every weight matrix
 
 
 @dataclass(frozen=True)
@@ -28,11 +47,17 @@ class Estimate:
     weights: int
     kv: int
     scratch: int
+    process: int
+
+    @property
+    def model(self) -> int:
+        """Bytes that loading a model takes from what is available to a process that runs already."""
+        return self.weights + self.kv + self.scratch
 
     @property
     def total(self) -> int:
-        """Bytes in all, without Python and its libraries."""
-        return self.weights + self.kv + self.scratch
+        """Bytes of a process in all, as VmHWM shows them."""
+        return self.model + self.process
 
 
 def panel_bytes(name: str, rows: int, cols: int) -> int:
@@ -80,51 +105,121 @@ def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, c
         "act": chunk * (widest // BLOCK) * record_bytes(terms),
         "act_f32": f * chunk * widest,
         "segments": 8 * SEGMENTS * S.size,
-        "parts": f * SEGMENTS * spans * c.n_heads * PART,  # touched as far as the sequences of a pass reach
+        "parts": f * SEGMENTS * spans * c.n_heads * PART,
         "scratch": threads * scratch_bytes(widest),
+        "counters": LINE * (2 + c.n_layers * PHASES),
+        "rope": f * HEAD_DIM * context,
+        # the classifier's activations lie in the chunk's buffers
+        "logits": f * min(LOGIT_ROWS, chunk) * ROWS * -(-c.vocab_size // ROWS),
     }
 
 
 def estimate(
-    config: ModelConfig, tensors: Iterable[tuple[str, int, int]], context: int, kv: str = "f16", threads: int = 1
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, int, int]],
+    context: int,
+    kv: str = "f16",
+    threads: int = 1,
+    filled: int | None = None,
 ) -> Estimate:
-    """Memory of a loaded model at a full context.
+    """Memory of a loaded model that answers one caller at a time.
 
     Args:
         config: the model.
-        tensors: (format, rows, cols) of every weight matrix.
+        tensors: (format, rows, cols) of every weight matrix, as it is in memory.
         context: positions.
         kv: kinds of the KV cache, see `kv_kinds`.
         threads: workers; each has its scratch.
+        filled: positions that are ever used; None: all.
     """
     weights = sum(panel_bytes(name, rows, cols) for name, rows, cols in tensors)
-    scratch = sum(buffer_sizes(config, chunk=CHUNK, terms=2, threads=threads, context=context).values())
-    return Estimate(weights, -(-context // PAGE) * page_bytes(config, kv), scratch)
-
-
-def available() -> int | None:
-    """Bytes that can be had without swapping, the limit of a container included; None where the system does not say."""
-    limits = []
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        limits.append(1024 * int(meminfo.split("MemAvailable:")[1].split()[0]))
-    except (OSError, IndexError, ValueError):
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # not in a cgroup v2, or without a limit ("max")
-    return max(min(limits), 0) if limits else None
+    used = context if filled is None else min(filled, context)
+    sizes = buffer_sizes(config, chunk=CHUNK, terms=2, threads=threads, context=context)
+    one = sizes | {"parts": sizes["parts"] // SEGMENTS, "logits": sizes["logits"] // min(LOGIT_ROWS, CHUNK)}
+    process = PROCESS + PROCESS_TOKEN * config.vocab_size
+    return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), process)
 
 
 def default_context(config: ModelConfig, weights: int, kv: str) -> int:
     """The model's own context, or what fits into half of the available memory beside the weights."""
-    free = available()
-    if free is None:
+    room = machine.HERE.available()
+    if room is None:
         return config.max_positions
-    pages = (free // 2 - weights) // page_bytes(config, kv)
+    pages = (room.bytes // 2 - weights) // page_bytes(config, kv)
     return min(config.max_positions, max(int(pages) * int(PAGE), LEAST_CONTEXT))
+
+
+def check(name: str, config: ModelConfig, tensors: Shapes, context: int, kv: str, threads: int) -> None:
+    """Refuse a model that does not fit what is available.
+
+    Raises:
+        OutOfMemory: it does not; names what would.
+    """
+    room = machine.HERE.available()
+    needs = estimate(config, tensors, context, kv, threads)
+    if room is None or needs.model <= room.bytes:
+        return
+    ways = list(fitting(config, tensors, context, kv, threads, room.bytes))
+    raise OutOfMemory(
+        f"{name} needs {needs.model / 1e9:.2f} GB (weights {needs.weights / 1e9:.2f}, cache of {context:,} positions "
+        f"in {kv} {needs.kv / 1e9:.2f}, scratch {needs.scratch / 1e9:.2f}) and {room.bytes / 1e9:.2f} GB are available "
+        f"({room.source}). "
+        + (f"What would fit: {'; '.join(ways)}. " if ways else "Take a smaller model. ")
+        + "To try nevertheless: force=True, --force"
+    )
+
+
+def fitting(config: ModelConfig, tensors: Shapes, context: int, kv: str, threads: int, available: int) -> Iterator[str]:
+    """Ways to run a model in so many bytes: a smaller context, a smaller cache, smaller weights, or, where none of them
+    is enough, these together."""
+    floats = all(PANELS[name].is_float for name, _, _ in tensors)
+    weights = estimate(config, tensors, 0, kv).weights
+
+    def narrowed(to: str) -> Shapes:
+        # a file's classifier keeps six bits or eight, as llama.cpp has it
+        return [("Q8_0" if rows == config.vocab_size and not floats else to, rows, cols) for _, rows, cols in tensors]
+
+    def positions(tensors: Shapes, kv: str) -> int:
+        """The largest context that fits, up to the one that was asked for; 0: none."""
+        fixed = estimate(config, tensors, context, kv, threads, filled=0).model
+        most = max(available - fixed, 0) // page_bytes(config, kv) * PAGE
+        return min(context, int(most)) if most >= min(LEAST_CONTEXT, context) else 0
+
+    def as_option(to: str) -> str:
+        return f'quantize="{to.lower()}"' if floats else f"the file as {to} (smolrun quantize --format {to.lower()})"
+
+    smaller = [to for to in ("Q8_0", "Q4_0") if estimate(config, narrowed(to), 0, kv).weights < weights]
+    caches = [kind for kind in ("q8_0", "q4_0") if page_bytes(config, kind) < page_bytes(config, kv)]
+    found = False
+    if fits := positions(tensors, kv):
+        found = True
+        yield f"context={fits}"
+    for kind in caches:
+        if positions(tensors, kind) == context:
+            found = True
+            yield f'kv="{kind}"'
+            break
+    for to in smaller:
+        if positions(narrowed(to), kv) == context:
+            found = True
+            yield as_option(to)
+            break
+    if found:
+        return
+    for to in smaller:
+        for kind in (kv, *caches):
+            if fits := positions(narrowed(to), kind):
+                parts = [as_option(to), *([f'kv="{kind}"'] if kind != kv else [])]
+                yield " with ".join(
+                    [parts[0], " and ".join([*parts[1:], *([f"context={fits}"] if fits < context else [])])]
+                )
+                return
+
+
+def trim() -> None:
+    """Give freed memory back to the system, which glibc does not do by itself: 10 MB once a tokenizer is built."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def rounded(sizes: Mapping[str, int]) -> int:
@@ -133,11 +228,16 @@ def rounded(sizes: Mapping[str, int]) -> int:
 
 
 class Arena:
-    """Zeroed memory for several arrays, page by page only when touched, on huge pages where the system has them."""
+    """Zeroed memory for several arrays, page by page only when touched."""
 
-    def __init__(self, sizes: Mapping[str, int], mapped: mmap.mmap | None = None, offset: int = 0) -> None:
-        """mapped: a file that holds the arrays from `offset` on; they are then read-only."""
-        self._memory = mapped or self._anonymous(max(rounded(sizes), 64))
+    def __init__(
+        self, sizes: Mapping[str, int], mapped: mmap.mmap | None = None, offset: int = 0, *, huge: bool = True
+    ) -> None:
+        """mapped: a file that holds the arrays from `offset` on; they are then read-only.
+
+        huge: on huge pages where the system has them: quicker to read whole, but touched 2 MB at a time.
+        """
+        self._memory = mapped or self._anonymous(max(rounded(sizes), 64), huge)
         self.whole: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8, rounded(sizes), offset)
         self.arrays: dict[str, NDArray[np.uint8]] = {}
         first = 0
@@ -146,7 +246,7 @@ class Arena:
             first += -(-size // 64) * 64
 
     @staticmethod
-    def _anonymous(total: int) -> mmap.mmap:
+    def _anonymous(total: int, huge: bool) -> mmap.mmap:
         # Python's default is shared memory: a forked child would compute in its parent's buffers, and Linux gives it no
         # huge pages
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -156,7 +256,7 @@ class Arena:
             raise SmolrunError(
                 f"the system gives no {total:,} bytes of memory ({error}): choose a smaller context, model or format"
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return memory
 

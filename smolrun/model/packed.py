@@ -37,12 +37,13 @@ from smolrun.files import gptq
 from smolrun.files.checkpoint import Checkpoint
 from smolrun.kernels import formats, panels
 from smolrun.kernels.load import user_cache
-from smolrun.model import memory
+from smolrun.model import machine, memory
 from smolrun.model.memory import Arena
 
 MAGIC = b"smolpack"
 LENGTH = struct.Struct("<I")
 HEAD = 2 << 20  # the panels begin on a huge page
+HUGE = 2 << 20
 SUMMED = 1 << 17  # 8-byte words of one sum
 SAMPLES, SAMPLE = 16, 4096  # matrices, and bytes of each, that the name depends on
 LIMIT = 4_000_000_000  # bytes of all files together, unless SMOLRUN_CACHE_SIZE says otherwise
@@ -73,16 +74,18 @@ class Pack:
         total = memory.rounded(self.sizes)
         if len(found) != HEAD + total:
             return None
-        arena = Arena(self.sizes, found, HEAD)
+        arena, room = Arena(self.sizes, found, HEAD), machine.HERE.available()
+        if not _has_huge_pages(arena) and room is not None and total <= room.bytes // 2:
+            arena = Arena(self.sizes)
+            try:
+                _read(self.path, arena.whole.data)  # not from the map: its pages would be resident beside the copy
+            except OSError:
+                return None
         if found[:HEAD] != self._head(arena):
             return None
         with contextlib.suppress(OSError):
             os.utime(self.path)  # the last use
-        if _has_huge_pages(arena) or total > (memory.available() or 0) // 2:
-            return arena
-        copy = Arena(self.sizes)
-        copy.whole[:] = arena.whole
-        return copy
+        return arena
 
     def state(self) -> str:
         """For people: whether the next load finds the file, and why not."""
@@ -211,9 +214,19 @@ def _make_room(folder: Path, size: int) -> str:
     return ""
 
 
+def _read(path: Path, into: memoryview) -> None:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(HEAD)
+        while into:
+            if not (count := file.readinto(into)):
+                raise OSError(f"{path} was cut while it was read")
+            into = into[count:]
+
+
 def _has_huge_pages(arena: Arena) -> bool:
-    """Whether most of a mapped arena, every page of which was touched, lies on huge pages (Linux tells)."""
+    """Whether most of a mapped arena lies on huge pages: Linux tells of touched ones, so a byte of each is."""
     address, huge, inside = arena.whole.ctypes.data, 0, False
+    int(arena.whole[::HUGE].sum())
     try:
         with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
             for line in file:

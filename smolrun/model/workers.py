@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from smolrun.errors import ModelClosed
 from smolrun.kernels.block import LINE, MAX_THREADS, TEAM_BYTES, T
 from smolrun.kernels.load import c_function
-
-
-def available_cores() -> int:
-    """Physical cores this process may use: affinity and a container's quota respected, hyper-threads not counted."""
-    try:
-        cpus = os.sched_getaffinity(0)
-        cores = {_read(f"/sys/devices/system/cpu/cpu{c}/topology/thread_siblings_list") or str(c) for c in cpus}
-        count = len(cores)
-    except AttributeError:  # not Linux
-        count = os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit() and period.isdigit():
-        count = min(count, -(-int(quota) // int(period)))
-    return max(count, 1)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _give_way() -> int:
@@ -48,7 +27,8 @@ def _give_way() -> int:
 class _State:
     """What the workers share; it outlives the Team while one of them still runs."""
 
-    def __init__(self, kernels: Mapping[str, int], threads: int) -> None:
+    def __init__(self, kernels: Mapping[str, int], threads: int, cpus: Collection[int]) -> None:
+        self.cpus = cpus
         self.buffer = np.zeros(TEAM_BYTES + LINE, np.uint8)
         self.address = -(-self.buffer.ctypes.data // LINE) * LINE
         first = self.address - self.buffer.ctypes.data
@@ -79,6 +59,9 @@ class _State:
 
 def _work(state: _State, tid: int) -> None:
     seen = 0
+    if state.cpus and hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):  # a core that was taken offline since: the system chooses
+            os.sched_setaffinity(0, state.cpus)  # of this thread alone
     while True:
         seen = state.loop(state.address, tid, seen)
         if state.closing:
@@ -105,14 +88,15 @@ class Team:
     """Runs passes on `threads` threads, the caller's among them. Not for concurrent callers; models that take turns (a
     draft and the model it guesses for) may share one, else the threads of one spin while the other's compute."""
 
-    def __init__(self, kernels: Mapping[str, int], threads: int) -> None:
+    def __init__(self, kernels: Mapping[str, int], threads: int, cpus: Collection[int] = ()) -> None:
+        """cpus: those the workers stay on; none: any. The caller's thread is the application's and is not moved."""
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"threads must be 1..{MAX_THREADS}, not {threads}")
-        self._kernels, self.threads = dict(kernels), threads
+        self._kernels, self.threads, self._cpus = dict(kernels), threads, cpus
         self._start()
 
     def _start(self) -> None:
-        self._state = _State(self._kernels, self.threads)
+        self._state = _State(self._kernels, self.threads, self._cpus)
         self._finalizer = weakref.finalize(self, _shut, self._state)
 
     @property
