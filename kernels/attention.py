@@ -27,8 +27,9 @@ from numba import types
 from numba.core import cgutils
 
 from .block import HEAD_DIM, KV_BYTES, PAGE, PART, ROW_TILE, SPAN, SPAN_SCRATCH, VALUES_SCRATCH, B, S
+from .dots import emit_pairs
 from .jit import TIER, kernel
-from .matmul import emit_pairs, make_tile
+from .matmul import make_tile
 from .panels import BLOCK, PANELS
 from .pointwise import TINY, quantise, rope
 from .simd import (

@@ -6,6 +6,7 @@ Imported by the compiling child process only (build.py): the run-time maps the i
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,11 @@ if os.environ.get("SMOLRUN_BUILD_TIER") not in TIERS:
     raise ImportError("kernels compile for one tier a process: use smolrun.kernels.build, or set SMOLRUN_BUILD_TIER")
 TIER = TIERS[os.environ["SMOLRUN_BUILD_TIER"]]  # what this process compiles for
 
+if platform.machine() not in TIER.machines:  # Numba lowers each function for "this process" too, though nobody calls it
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    llvm.get_process_triple = lambda: f"{TIER.machines[0]}-unknown-linux"
+
 # No exceptions, no bounds checks, no fast-math: what is left is arithmetic on addresses, and an object without Python
 # symbols.
 FLAGS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}
@@ -31,7 +37,7 @@ def _triple(system: str = sys.platform) -> str:
 
     Kernels take integers, addresses and floats in registers and call nothing, so all systems but Windows on x86 agree.
     """
-    machine = llvm.get_process_triple().split("-")[0].replace("arm64", "aarch64")
+    machine = TIER.machines[0]
     return f"{machine}-pc-windows-msvc-elf" if (system, machine) == ("win32", "x86_64") else f"{machine}-unknown-linux"
 
 
@@ -66,7 +72,7 @@ define {value} @{name}({params}) {{
             g.linkage = "internal"
     module.triple = triple or _triple()
     # macOS and Windows keep AArch64's register 18 to themselves
-    features = TIER.features + ("" if TIER.cpu.startswith("x86") else ",+reserve-x18")
+    features = TIER.features + ("" if TIER.x86 else ",+reserve-x18")
     machine = llvm.Target.from_triple(module.triple).create_target_machine(
         cpu=TIER.cpu, features=features, opt=3, reloc="pic", codemodel="small"
     )

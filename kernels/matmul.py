@@ -31,6 +31,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from .dots import DOTS, V32I16, V64I8, look_up
 from .jit import TIER, kernel
 from .panels import BLOCK, PANELS, ROWS, Panel
 from .simd import (
@@ -44,7 +45,6 @@ from .simd import (
     at,
     broadcast_f32,
     const,
-    declare,
     emit_fma,
     emit_half_to_f32,
     emit_load_as_f32,
@@ -62,7 +62,6 @@ from .target import record_bytes, token_tile
 
 i64 = types.int64
 
-V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(0, 28, 4)  # byte offsets behind the integers of a record
 HALVES = (LOW32, HIGH32)
 FLOAT_STEP = 2  # k of one round of the f32 tile; with more LLVM keeps the weights of all of them on the stack
@@ -96,7 +95,9 @@ class Record:
     def _field(self, vector: ir.Value, shift: int, bits: int) -> ir.Value:
         """Bits [shift, shift + bits) of every byte."""
         b = self.b
-        if shift:
+        if shift and not TIER.x86:
+            vector = b.lshr(vector, const(V64I8, shift))
+        elif shift:
             # there is no byte shift: shift pairs, the mask cuts what came from the neighbour
             wide = b.bitcast(vector, V32I16)
             vector = b.bitcast(b.lshr(wide, const(V32I16, shift)), V64I8)
@@ -114,7 +115,7 @@ class Record:
             value = part if value is None else b.or_(value, part)
             offset, low_bits = offset + 64 * vectors, low_bits + bits
         if panel.codebook:
-            return _look_up(b, [level + 128 * unsigned for level in panel.codebook], value)
+            return look_up(b, [level + 128 * unsigned for level in panel.codebook], value)
         return b.xor(value, const(V64I8, 0x80)) if panel.bits == 8 and unsigned else value
 
     def scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
@@ -150,162 +151,6 @@ class Record:
         return b.fmul(d, b.sitofp(sub, V16F32)), None
 
 
-# ---- integer dot products of quads -----------------------------------------------------------------------------------
-
-
-def _pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
-    """A vector cut into equal parts."""
-    lanes = value.type.count // count
-    index = [ir.Constant(ir.VectorType(I32, lanes), list(range(i * lanes, (i + 1) * lanes))) for i in range(count)]
-    return [b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), i) for i in index] if count > 1 else [value]
-
-
-def _join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
-    if len(parts) == 1:
-        return parts[0]
-    low, high = parts
-    lanes = low.type.count * 2
-    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, lanes), list(range(lanes))))
-
-
-def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Value) -> ir.Value:
-    """An x86 intrinsic on the whole 64-byte value, register by register; `name` has {bits} where the width goes."""
-    count = 16 // TIER.row_lanes
-    cut = [_pieces(b, a, count) for a in args]
-    part = ir.VectorType(result.element, result.count // count)
-    function = declare(b, name.format(bits=512 // count), part, [c[0].type for c in cut])
-    return _join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
-
-
-_SHUFFLE = {4: "llvm.x86.ssse3.pshuf.b.128", 8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
-
-
-def _look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
-    """table[index] of 64 x i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
-    if TIER.dot != "plain":
-        lanes = ir.Constant(V64I8, table * 4)  # the shuffle stays within 16 bytes
-        return _by_register(b, _SHUFFLE[TIER.row_lanes], V64I8, lanes, index)
-    value = const(V64I8, table[0])
-    for i, level in enumerate(table[1:], 1):
-        value = b.select(b.icmp_unsigned("==", index, const(V64I8, i)), const(V64I8, level), value)
-    return value
-
-
-def emit_pairs(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
-    """total[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1]: i32x16 and 32 x i16 each; exact while it fits i32."""
-    if TIER.dot.startswith("vnni"):
-        return _by_register(b, "llvm.x86.avx512.vpdpwssd.{bits}", V16I32, total, x, y)
-    if TIER.dot == "maddubs":
-        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
-        return b.add(total, _by_register(b, name, V16I32, x, y))
-    sixteen = const(V16I32, 16)
-    x, y = b.bitcast(x, V16I32), b.bitcast(y, V16I32)
-    odd = b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))
-    even = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
-    return b.add(total, b.add(even, odd))
-
-
-class Dots:
-    """Sums of quad products of one scale group for some tokens; subclasses are instruction sets.
-
-    `add(w, x)` takes the quad of weights and the address of each token's 4 activations; `total(i)` the i32x16 sum.
-
-    Attributes:
-        unsigned: 8-bit weights are wanted with 128 added.
-    """
-
-    unsigned = False
-
-    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
-        self.b, self.bits = b, panel.bits
-        self.sums = list(starts)
-
-    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
-        raise NotImplementedError
-
-    def total(self, i: int) -> ir.Value:
-        return self.sums[i]
-
-    def _x(self, address: ir.Value) -> ir.Value:
-        return splat(self.b, load(self.b, address, I32))
-
-
-class VnniDots(Dots):
-    """vpdpbusd: unsigned weights x signed activations, four products into i32."""
-
-    unsigned = True
-
-    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
-        b = self.b
-        for i, address in enumerate(x):
-            quad = b.bitcast(self._x(address), V64I8)
-            self.sums[i] = _by_register(b, "llvm.x86.avx512.vpdpbusd.{bits}", V16I32, self.sums[i], w, quad)
-
-
-class MaddubsDots(Dots):
-    """vpmaddubsw: products of two neighbours into i16, which holds 32767 / (2 x 127 u) of them before vpmaddwd widens.
-
-    8-bit weights are signed: |w| and sign(x, w), since 128-offset weights would saturate the i16.
-    """
-
-    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
-        super().__init__(b, panel, starts)
-        self.room = 32767 // (2 * 127 * (128 if self.bits == 8 else (1 << self.bits) - 1))
-        self.held, self.pairs = 0, [None] * len(starts)
-
-    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
-        b = self.b
-        wide = TIER.row_lanes == 16
-        name = "llvm.x86.avx512.pmaddubs.w.512" if wide else "llvm.x86.avx2.pmadd.ub.sw"
-        if self.held == self.room:
-            self._widen()
-        zero = const(V64I8, 0)
-        negative = b.icmp_signed("<", w, zero) if self.bits == 8 else None
-        magnitude = b.select(negative, b.sub(zero, w), w) if negative is not None else w
-        for i, address in enumerate(x):
-            quad = b.bitcast(self._x(address), V64I8)
-            if negative is not None:
-                quad = b.select(negative, b.sub(zero, quad), quad)
-            pairs = _by_register(b, name, V32I16, magnitude, quad)
-            self.pairs[i] = pairs if self.pairs[i] is None else b.add(self.pairs[i], pairs)
-        self.held += 1
-
-    def _widen(self) -> None:
-        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
-        for i, pairs in enumerate(self.pairs):
-            four = _by_register(self.b, name, V16I32, pairs, const(V32I16, 1))
-            self.sums[i] = self.b.add(self.sums[i], four)
-        self.held, self.pairs = 0, [None] * len(self.sums)
-
-    def total(self, i: int) -> ir.Value:
-        if self.held:
-            self._widen()
-        return self.sums[i]
-
-
-class PlainDots(Dots):
-    """No special instruction: even and odd bytes as i16 products (they fit: 255 x 127), widened and added."""
-
-    def add(self, w: ir.Value, x: list[ir.Value]) -> None:
-        b = self.b
-        shift = b.ashr if self.bits == 8 else b.lshr
-        eight, sixteen = const(V32I16, 8), const(V16I32, 16)
-
-        def even_odd(value: ir.Value, down: Callable[..., ir.Value]) -> tuple[ir.Value, ir.Value]:
-            wide = b.bitcast(value, V32I16)
-            return down(b.shl(wide, eight), eight), down(wide, eight)
-
-        parts = even_odd(w, shift)
-        for i, address in enumerate(x):
-            for mine, theirs in zip(parts, even_odd(self._x(address), b.ashr), strict=True):
-                product = b.bitcast(b.mul(mine, theirs), V16I32)
-                both = b.add(b.ashr(b.shl(product, sixteen), sixteen), b.ashr(product, sixteen))
-                self.sums[i] = b.add(self.sums[i], both)
-
-
-DOTS: dict[str, type[Dots]] = {"vnni512": VnniDots, "vnni256": VnniDots, "maddubs": MaddubsDots, "plain": PlainDots}
-
-
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +182,7 @@ def _int8_block(
                 sums = [b.add(s, _start(b, panel, group, f)) for s, f in zip(sums, fields, strict=True)]
             dots = DOTS[TIER.dot](b, panel, sums)
             for j in range(group * quads, (group + 1) * quads):
-                dots.add(record.quad(j, dots.unsigned), [at(b, token, BLOCK * term + 4 * j) for token in x])
+                dots.add(j, record.quad(j, dots.unsigned), [at(b, token, BLOCK * term) for token in x])
             sums = [dots.total(t) for t in range(len(x))]
         scale, minimum = record.scale(group)
         if minimum is not None and panel.group == 16:  # the record has -32 times the sum of a half
@@ -501,7 +346,7 @@ def make_peak(terms: int) -> Callable[[int, int], int]:
             if terms:
                 dots = DOTS[TIER.dot](b, PANELS["Q4_0"], [b.load(a) for a in acc])
                 for j in range(PEAK_QUADS):
-                    dots.add(load(b, at(b, w, 64 * j), V64I8), [at(b, t, 4 * j) for t in x])
+                    dots.add(j, load(b, at(b, w, 64 * j), V64I8), x)
                 for t, a in enumerate(acc):
                     b.store(dots.total(t), a)
             else:

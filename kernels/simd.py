@@ -331,7 +331,7 @@ atomic_get = word(i64, [i64], lambda b, p: b.load_atomic(pointer(b, p, I64), "se
 
 def _pause(b: ir.IRBuilder, _: ir.Value) -> None:
     """Tell the core that it spins."""
-    if TIER.cpu.startswith("x86"):
+    if TIER.x86:
         b.call(declare(b, "llvm.x86.sse2.pause", ir.VoidType(), []), [])
     else:
         b.call(declare(b, "llvm.aarch64.hint", ir.VoidType(), [I32]), [ir.Constant(I32, 1)])

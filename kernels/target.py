@@ -4,7 +4,10 @@
     avx512       x86-64-v4                 vpmaddubsw zmm      Skylake-X
     avxvnni      x86-64-v3 + AVX-VNNI      {vex} vpdpbusd ymm  Alder Lake and later, without AVX-512
     avx2         x86-64-v3                 vpmaddubsw ymm      Haswell, Zen 1 and later
-    generic      the architecture's base   LLVM vectors only   everything else
+    generic      x86-64                    LLVM vectors only   everything else
+    i8mm         Armv8.6                   smmla, and sdot     Cortex-A510, A710, X2, Neoverse N2, Apple M2 and later
+    dotprod      Armv8.4, or 8.2 with it   sdot by element     Cortex-A55, A75, A76 (Pi 5), Apple A13, M1
+    neon         Armv8                     smull, sadalp       Cortex-A53 (Pi 3, Pi Zero 2), A72 (Pi 4)
 
 A tier fixes CPU name and feature string, never "the host": an object compiled on one machine is the same on another,
 and LLVM aborts the process on an intrinsic the target lacks, so the two must not be guessed apart. All tiers compute
@@ -13,9 +16,12 @@ the same bits.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
+import struct
+import sys
 from dataclasses import dataclass
 
 _V3 = "avx,avx2,bmi,bmi2,cx16,f16c,fma,lzcnt,movbe,popcnt,sahf,sse,sse2,sse3,sse4.1,sse4.2,ssse3,xsave"
@@ -31,9 +37,9 @@ class Tier:
         machines: `platform.machine()` values it exists on; empty for all.
         cpu: LLVM CPU name.
         needs: LLVM features that must be there; also the feature string LLVM is given.
-        dot: how four int8 products are summed: "vnni512", "vnni256", "maddubs" or "plain" (matmul.DOTS).
+        dot: how four int8 products are summed, a key of dots.DOTS.
         half: f16 <-> f32 in hardware (F16C).
-        token_tile: tokens per prefill tile; so many accumulators fit the registers.
+        tiles: tokens per prefill tile with activations of f32, one int8 term, two; so many sums fit the registers.
         row_lanes: f32 lanes of one register; only a hint for tile shapes, every tier computes with 16 logical lanes.
     """
 
@@ -43,13 +49,18 @@ class Tier:
     needs: tuple[str, ...]
     dot: str
     half: bool
-    token_tile: int
+    tiles: tuple[int, int, int]
     row_lanes: int
+
+    @property
+    def x86(self) -> bool:
+        """True for x86-64, False for AArch64."""
+        return self.cpu.startswith("x86")
 
     @property
     def fma(self) -> bool:
         """Fused multiply-add and rounding in hardware; where not, simd.py has its own and libm is not called."""
-        return "fma" in self.needs or not self.cpu.startswith("x86")
+        return "fma" in self.needs or not self.x86
 
     @property
     def features(self) -> str:
@@ -58,21 +69,28 @@ class Tier:
 
 
 _X86 = ("x86_64", "AMD64", "amd64")
+_ARM = ("aarch64", "arm64", "ARM64")
 
 
-def _x86(name: str, cpu: str, needs: str, dot: str, half: bool, token_tile: int, row_lanes: int) -> Tier:
-    return Tier(name, _X86, cpu, tuple(filter(None, needs.split(","))), dot, half, token_tile, row_lanes)
+def _x86(name: str, cpu: str, needs: str, dot: str, half: bool, tiles: tuple[int, int, int], row_lanes: int) -> Tier:
+    return Tier(name, _X86, cpu, tuple(filter(None, needs.split(","))), dot, half, tiles, row_lanes)
+
+
+def _arm(name: str, needs: str, dot: str, tiles: tuple[int, int, int]) -> Tier:
+    return Tier(name, _ARM, "generic", tuple(needs.split(",")), dot, True, tiles, 4)
 
 
 TIERS: dict[str, Tier] = {  # best first
     t.name: t
     for t in (
-        _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, 14, 16),
-        _x86("avx512", "x86-64-v4", _V4, "maddubs", True, 12, 16),
-        _x86("avxvnni", "x86-64-v3", _V3 + ",avxvnni", "vnni256", True, 3, 8),
-        _x86("avx2", "x86-64-v3", _V3, "maddubs", True, 3, 8),
-        _x86("generic", "x86-64", "", "plain", False, 2, 4),
-        Tier("generic-aarch64", ("aarch64", "arm64", "ARM64"), "generic", ("neon",), "plain", False, 3, 4),
+        _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 14, 11), 16),
+        _x86("avx512", "x86-64-v4", _V4, "maddubs", True, (14, 12, 11), 16),
+        _x86("avxvnni", "x86-64-v3", _V3 + ",avxvnni", "vnni256", True, (3, 3, 3), 8),
+        _x86("avx2", "x86-64-v3", _V3, "maddubs", True, (3, 3, 3), 8),
+        _x86("generic", "x86-64", "", "plain", False, (2, 2, 2), 4),
+        _arm("i8mm", "neon,dotprod,i8mm", "smmla", (3, 4, 4)),
+        _arm("dotprod", "neon,dotprod", "sdot", (3, 4, 4)),
+        _arm("neon", "neon", "smull", (3, 2, 2)),
     )
 }
 
@@ -90,18 +108,30 @@ _LINUX = {
 }
 
 
+# AArch64's: bits of the auxiliary vector on Linux and Android, names on macOS, where NEON is part of the architecture.
+_AUXV, AT_HWCAP, AT_HWCAP2 = "/proc/self/auxv", 16, 26
+_HWCAP = {"neon": (AT_HWCAP, 1), "dotprod": (AT_HWCAP, 20), "i8mm": (AT_HWCAP2, 13)}
+_SYSCTL = {"dotprod": "hw.optional.arm.FEAT_DotProd", "i8mm": "hw.optional.arm.FEAT_I8MM"}
+
+
 @functools.cache
 def host_features() -> frozenset[str]:
-    """LLVM's names of the features of this CPU, as far as tiers need them."""
-    if platform.machine() in _X86 and (flags := _cpuinfo_flags()):
-        needed = {name for tier in TIERS.values() for name in tier.needs}
+    """LLVM's names of the features of this CPU, as far as tiers need them: what the system says, nothing guessed."""
+    machine = platform.machine()
+    if machine in _X86 and (flags := _cpuinfo_flags()):
+        needed = {name for tier in TIERS.values() if tier.x86 for name in tier.needs}
         return frozenset(name for name in needed if _LINUX.get(name, name) in flags)
-    import llvmlite.binding as llvm  # another system: 20 ms and 40 MB
-
+    if machine in _ARM and (auxv := _auxiliary_vector()):
+        return frozenset(name for name, (word, bit) in _HWCAP.items() if auxv.get(word, 0) >> bit & 1)
+    base = {"neon"} if machine in _ARM else set()
+    if machine in _ARM and sys.platform == "darwin":
+        return frozenset(base | {name for name, key in _SYSCTL.items() if _sysctl(key)})
     try:
-        return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
-    except RuntimeError:  # LLVM does not know this host: only what the architecture guarantees
-        return frozenset()
+        import llvmlite.binding as llvm  # another system: 20 ms and 40 MB
+
+        return frozenset(base | {name for name, there in llvm.get_host_cpu_features().items() if there})
+    except (ImportError, RuntimeError):  # no LLVM, or it does not know this host: what the architecture guarantees
+        return frozenset(base)
 
 
 def _cpuinfo_flags(path: str = "/proc/cpuinfo") -> frozenset[str]:
@@ -114,11 +144,27 @@ def _cpuinfo_flags(path: str = "/proc/cpuinfo") -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
+def _auxiliary_vector(path: str = _AUXV) -> dict[int, int]:
+    """What Linux tells each process about its CPU, by kind of entry; empty where it does not."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+    except OSError:
+        return {}
+    return dict(struct.iter_unpack("@LL", raw[: len(raw) // 16 * 16]))
+
+
+def _sysctl(name: str) -> int:
+    """An integer that macOS tells about the machine; 0 where it does not know the name."""
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
+    system = ctypes.CDLL(None).sysctlbyname
+    return value.value if system(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0) == 0 else 0
+
+
 def runnable() -> list[Tier]:
     """The tiers that this CPU can run, best first."""
     here = platform.machine()
-    base = {"neon"}  # part of aarch64 itself; LLVM does not always list it
-    return [t for t in TIERS.values() if here in t.machines and set(t.needs) <= host_features() | base]
+    return [t for t in TIERS.values() if here in t.machines and set(t.needs) <= host_features()]
 
 
 def choose() -> Tier:
@@ -148,10 +194,5 @@ def record_bytes(terms: int) -> int:
 
 
 def token_tile(tier: Tier, terms: int) -> int:
-    """Tokens of a prefill tile: two sums each must fit the registers, with two terms beside a block's quads.
-
-    terms: int8 terms of an activation; 0 for f32 activations.
-    """
-    if tier.row_lanes == 16:
-        return {0: 14, 1: tier.token_tile, 2: min(tier.token_tile, 11)}[terms]
-    return tier.token_tile
+    """Tokens of a prefill tile. terms: int8 terms of an activation; 0 for f32 activations."""
+    return tier.tiles[terms]

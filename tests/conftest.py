@@ -1,8 +1,13 @@
 """One kernel cache for all tests, pytest's own (`--cache-clear` empties it), and the tiers they cover."""
 
+import hashlib
+import json
 import os
 import platform
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calling import compile_all
@@ -15,10 +20,41 @@ def compiled_only() -> list[str]:
     return [t.name for t in TIERS.values() if platform.machine() in t.machines and t.name not in here]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--bits FILE: hashes of what kernels compute, written where there is no such file, else compared with."""
+    parser.addoption("--bits", type=Path, metavar="FILE", help="hashes of kernels' results from another machine")
+
+
+EXPECTED: dict[str, str] = {}
+FOUND: dict[str, str] = {}
+COUNT: Counter[str] = Counter()
+
+
+def as_elsewhere(result: np.ndarray) -> None:
+    """Fails unless the machine that wrote the file of --bits found the same in this test."""
+    test = os.environ["PYTEST_CURRENT_TEST"].partition(" ")[0]
+    COUNT[test] += 1
+    name = f"{test} {COUNT[test]}"
+    FOUND[name] = hashlib.sha256(np.ascontiguousarray(result)).hexdigest()[:16]
+    assert not EXPECTED or FOUND[name] == EXPECTED[name], "these are not the bits of the other machine"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the file of --bits, when all is found."""
+    path = session.config.getoption("bits")
+    if path and not EXPECTED and not session.testsfailed:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(FOUND, indent=1))
+        part.replace(path)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The user's own cache is neither used nor filled; children of the tests inherit it."""
     os.environ.setdefault("SMOLRUN_CACHE_DIR", str(config.cache.mkdir("kernels")))
     os.environ.setdefault("SMOLRUN_CACHE_SIZE", "500M")
+    path = config.getoption("bits")
+    if path and path.exists():
+        EXPECTED.update(json.loads(path.read_text()))
 
 
 def pytest_report_header() -> str:

@@ -1,5 +1,6 @@
 """Every kernel on every tier of this CPU against NumPy and bit for bit against the other tiers; the rest are read."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 import naive
 from calling import GUARD, Kernels, emitted
-from conftest import compiled_only
+from conftest import as_elsewhere, compiled_only
 from naive import BUDGETS, CASES, QUANTS, TERMS, Case
 from smolrun.kernels.image import unseal
 from smolrun.kernels.load import image_key
@@ -29,6 +30,7 @@ def same_bits(tiers: list[Kernels], work: Callable[[Kernels], np.ndarray]) -> np
     for name, result in others:
         different = np.flatnonzero(result.view(np.uint8).reshape(-1) != first[1].view(np.uint8).reshape(-1))
         assert not len(different), f"{name} differs from {first[0]} in {len(different)} bytes, first at {different[:4]}"
+    as_elsewhere(first[1])
     return first[1]
 
 
@@ -225,7 +227,8 @@ def test_large_matrices_pack_in_steps() -> None:
 
 def test_every_half_becomes_its_float(tiers: list[Kernels]) -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 32)
-    expected = halves.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        expected = halves.astype(np.float32)
     nan = np.isnan(expected)
     for tier in tiers:
         found = tier.row("F16", halves.view(np.uint8), 32, range(2048))
@@ -318,23 +321,27 @@ def test_the_rotary_table_holds_cosines_and_sines(theta: float) -> None:
 # ---- code ----------------------------------------------------------------------------------------------------------
 
 
+_NEON = ("fcvtl\t", "fcvtl2\t", "fcvtn\t", "fcvtn2\t", "tbl\t", "fmla\t", "ushr\t")
 # tier -> instructions that its code must hold, and those it must not
 CODE = {
     "avx512vnni": (("vpdpbusd\t", "vpshufb", "%zmm", "vcvtph2ps", "vfmadd"), ("vpmaddubsw", "callq\t*fma")),
     "avx512": (("vpmaddubsw", "vpmaddwd", "vpshufb", "%zmm", "vcvtph2ps", "vfmadd"), ("vpdpbusd",)),
     "avxvnni": (("{vex}\tvpdpbusd", "vpshufb", "%ymm", "vcvtph2ps", "vfmadd"), ("%zmm", "vpmaddubsw", "{%k")),
     "avx2": (("vpmaddubsw", "vpmaddwd", "vpshufb", "%ymm", "vcvtph2ps", "vfmadd"), ("%zmm", "vpdpbusd", "{%k")),
+    "i8mm": (("smmla\t", "sdot\t", *_NEON), ("smull\t", "\tbl\t")),
+    "dotprod": (("sdot\t", *_NEON), ("smmla\t", "smull\t", "\tbl\t")),
+    "neon": (("smull\t", "smull2\t", "smlal\t", "smlal2\t", "sadalp\t", "addp\t", *_NEON), ("dot\t", "\tbl\t")),
 }
 
 
-@pytest.mark.skipif("avx2" not in (*TESTED, *compiled_only()), reason="x86-64 instructions")
+@pytest.mark.skipif(not TIERS[TESTED[0]].x86, reason="one kind of machine is enough: others are emulated")
 @pytest.mark.parametrize("tier", CODE)
 def test_code_holds_the_instructions_claimed(tier: str) -> None:
     found = emitted("assembly", tier, ["matmul_Q4_0_int8", "matmul_Q8_0_int8", "matmul_IQ4_NL_int8", "half"])
     code = "\n".join(text.decode() for text in found.values())
-    dots = [line for line in code.splitlines() if "vpdpbusd" in line or "vpmaddubsw" in line]
+    dots = [line for line in code.splitlines() if re.search("vpdpbusd|vpmaddubsw|sdot|smmla|smull|smlal", line)]
     assert len(dots) >= 8
-    register = "%zmm" if "512" in tier else "%ymm"
+    register = {"avx512": "%zmm", "avx": "%ymm"}.get(re.match("(avx(512)?)?", tier)[0], "v")
     assert all(register in line for line in dots), [line for line in dots if register not in line][:3]
     holds, lacks = CODE[tier]
     for word in holds:

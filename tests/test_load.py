@@ -307,7 +307,7 @@ def test_a_temporary_cache_is_private(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_linux_and_llvm_see_the_same_cpu() -> None:
     """A tier chosen from Linux's flags is one that LLVM would choose from CPUID."""
     llvm = pytest.importorskip("llvmlite.binding")
-    needed = {name for tier in target.TIERS.values() for name in tier.needs}
+    needed = {name for tier in target.TIERS.values() if tier.x86 for name in tier.needs}
     assert target.host_features() == needed & {n for n, there in llvm.get_host_cpu_features().items() if there}
 
 
@@ -322,4 +322,36 @@ def test_another_cpu_gets_another_tier(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(target, "_cpuinfo_flags", lambda: seen)
     monkeypatch.setattr(target.platform, "machine", lambda: "x86_64")
     assert [t.name for t in target.runnable()] == ["avx2", "generic"]
+    target.host_features.cache_clear()
+
+
+# AT_HWCAP and AT_HWCAP2 as these CPUs have them (those of qemu and of a Neoverse N2), and AT_PAGESZ
+@pytest.mark.parametrize(
+    ("cpu", "hwcap", "hwcap2", "tiers"),
+    [
+        ("cortex-a53", 0x8FB, 0, ["neon"]),
+        ("cortex-a76", 0x119FFB, 0, ["dotprod", "neon"]),
+        ("neoverse-n2", 0xEFFFFFFB, 0x3F3FF, ["i8mm", "dotprod", "neon"]),
+        ("odd", 0x8FB, 1 << 13, ["neon"]),  # i8mm without what its tier needs besides
+    ],
+)
+def test_arm_tiers_are_what_the_auxiliary_vector_says(
+    cpu: str, hwcap: int, hwcap2: int, tiers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auxv = tmp_path / cpu
+    auxv.write_bytes(struct.pack("@8L", 16, hwcap, 6, 4096, 26, hwcap2, 0, 0))
+    seen = target._auxiliary_vector(str(auxv))
+    assert target._auxiliary_vector(str(tmp_path / "none")) == {}
+    target.host_features.cache_clear()
+    monkeypatch.setattr(target, "_auxiliary_vector", lambda: seen)
+    monkeypatch.setattr(target.platform, "machine", lambda: "aarch64")
+    assert [t.name for t in target.runnable()] == tiers
+    assert choose().name == tiers[0]
+    monkeypatch.setenv("SMOLRUN_TIER", "smve")
+    with pytest.raises(RuntimeError, match="does not exist"):
+        choose()
+    for name in {"i8mm", "dotprod"} - set(tiers):
+        monkeypatch.setenv("SMOLRUN_TIER", name)
+        with pytest.raises(RuntimeError, match=f"{name}.*lacks; this CPU runs: {', '.join(tiers)}"):
+            choose()
     target.host_features.cache_clear()

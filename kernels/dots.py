@@ -1,0 +1,309 @@
+"""Integer dot products, one class per instruction set; and what else of integers a tier does in its own way.
+
+A quad of weights is 64 x i8, 16 rows x 4 k (panels.py). All sums are exact, so every class gives the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from llvmlite import ir
+
+from .jit import TIER
+from .panels import Panel
+from .simd import I8, I16, I32, I64, V16I32, at, const, declare, load, splat
+
+V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
+V8I8, V16I8, V8I16, V4I32, V2I64 = (ir.VectorType(t, n) for t, n in ((I8, 8), (I8, 16), (I16, 8), (I32, 4), (I64, 2)))
+
+
+def _pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
+    """A vector cut into equal parts."""
+    lanes = value.type.count // count
+    return (
+        [_shuffle(b, value, value, range(i * lanes, (i + 1) * lanes)) for i in range(count)] if count > 1 else [value]
+    )
+
+
+def _join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """The inverse of `_pieces`, of a power of two."""
+    while len(parts) > 1:
+        parts = [
+            _shuffle(b, low, high, range(low.type.count * 2)) for low, high in zip(*[iter(parts)] * 2, strict=True)
+        ]
+    return parts[0]
+
+
+def _shuffle(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: Iterable[int]) -> ir.Value:
+    """Lanes of x, then of y, by number."""
+    index = [*lanes]
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(index)), index))
+
+
+def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Value) -> ir.Value:
+    """An x86 intrinsic on the whole 64-byte value, register by register; `name` has {bits} where the width goes."""
+    count = 16 // TIER.row_lanes
+    cut = [_pieces(b, a, count) for a in args]
+    part = ir.VectorType(result.element, result.count // count)
+    function = declare(b, name.format(bits=512 // count), part, [c[0].type for c in cut])
+    return _join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
+
+
+_SHUFFLE = {4: "llvm.x86.ssse3.pshuf.b.128", 8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
+
+
+def look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
+    """table[index] of 64 x i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
+    if not TIER.x86:
+        tbl = declare(b, "llvm.aarch64.neon.tbl1.v16i8", V16I8, [V16I8, V16I8])
+        return _join(b, [b.call(tbl, [ir.Constant(V16I8, table), part]) for part in _pieces(b, index, 4)])
+    if TIER.dot != "plain":
+        lanes = ir.Constant(V64I8, table * 4)  # the shuffle stays within 16 bytes
+        return _by_register(b, _SHUFFLE[TIER.row_lanes], V64I8, lanes, index)
+    value = const(V64I8, table[0])
+    for i, level in enumerate(table[1:], 1):
+        value = b.select(b.icmp_unsigned("==", index, const(V64I8, i)), const(V64I8, level), value)
+    return value
+
+
+def emit_pairs(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """total[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1]: i32x16 and 32 x i16 each; exact while it fits i32."""
+    if TIER.dot.startswith("vnni"):
+        return _by_register(b, "llvm.x86.avx512.vpdpwssd.{bits}", V16I32, total, x, y)
+    if TIER.dot == "maddubs":
+        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
+        return b.add(total, _by_register(b, name, V16I32, x, y))
+    if not TIER.x86:  # smlal
+        for parity in (0, 1):
+            mine, theirs = (b.sext(_shuffle(b, v, v, range(parity, 32, 2)), V16I32) for v in (x, y))
+            total = b.add(total, b.mul(mine, theirs))
+        return total
+    sixteen = const(V16I32, 16)
+    x, y = b.bitcast(x, V16I32), b.bitcast(y, V16I32)
+    odd = b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))
+    even = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
+    return b.add(total, b.add(even, odd))
+
+
+class Dots:
+    """Sums of quad products of one scale group for some tokens; subclasses are instruction sets.
+
+    `add(j, w, x)` takes quad j of the weights and the address of each token's block of 32 activations; `total(i)` gives
+    the i32x16 sum.
+
+    Attributes:
+        unsigned: 8-bit weights are wanted with 128 added.
+    """
+
+    unsigned = False
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
+        self.b, self.bits = b, panel.bits
+        self.sums = list(starts)
+
+    def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
+        raise NotImplementedError
+
+    def total(self, i: int) -> ir.Value:
+        return self.sums[i]
+
+    def _x(self, address: ir.Value, j: int) -> ir.Value:
+        """Quad j of a token's activations for all rows."""
+        return splat(self.b, load(self.b, at(self.b, address, 4 * j), I32))
+
+
+class VnniDots(Dots):
+    """vpdpbusd: unsigned weights x signed activations, four products into i32."""
+
+    unsigned = True
+
+    def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        for i, address in enumerate(x):
+            quad = b.bitcast(self._x(address, j), V64I8)
+            self.sums[i] = _by_register(b, "llvm.x86.avx512.vpdpbusd.{bits}", V16I32, self.sums[i], w, quad)
+
+
+class MaddubsDots(Dots):
+    """vpmaddubsw: products of two neighbours into i16, which holds 32767 / (2 x 127 u) of them before vpmaddwd widens.
+
+    8-bit weights are signed: |w| and sign(x, w), since 128-offset weights would saturate the i16.
+    """
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
+        super().__init__(b, panel, starts)
+        self.room = 32767 // (2 * 127 * (128 if self.bits == 8 else (1 << self.bits) - 1))
+        self.held, self.pairs = 0, [None] * len(starts)
+
+    def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        wide = TIER.row_lanes == 16
+        name = "llvm.x86.avx512.pmaddubs.w.512" if wide else "llvm.x86.avx2.pmadd.ub.sw"
+        if self.held == self.room:
+            self._widen()
+        zero = const(V64I8, 0)
+        negative = b.icmp_signed("<", w, zero) if self.bits == 8 else None
+        magnitude = b.select(negative, b.sub(zero, w), w) if negative is not None else w
+        for i, address in enumerate(x):
+            quad = b.bitcast(self._x(address, j), V64I8)
+            if negative is not None:
+                quad = b.select(negative, b.sub(zero, quad), quad)
+            pairs = _by_register(b, name, V32I16, magnitude, quad)
+            self.pairs[i] = pairs if self.pairs[i] is None else b.add(self.pairs[i], pairs)
+        self.held += 1
+
+    def _widen(self) -> None:
+        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
+        for i, pairs in enumerate(self.pairs):
+            four = _by_register(self.b, name, V16I32, pairs, const(V32I16, 1))
+            self.sums[i] = self.b.add(self.sums[i], four)
+        self.held, self.pairs = 0, [None] * len(self.sums)
+
+    def total(self, i: int) -> ir.Value:
+        if self.held:
+            self._widen()
+        return self.sums[i]
+
+
+class PlainDots(Dots):
+    """No special instruction: even and odd bytes as i16 products (they fit: 255 x 127), widened and added."""
+
+    def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        shift = b.ashr if self.bits == 8 else b.lshr
+        eight, sixteen = const(V32I16, 8), const(V16I32, 16)
+
+        def even_odd(value: ir.Value, down: Callable[..., ir.Value]) -> tuple[ir.Value, ir.Value]:
+            wide = b.bitcast(value, V32I16)
+            return down(b.shl(wide, eight), eight), down(wide, eight)
+
+        parts = even_odd(w, shift)
+        for i, address in enumerate(x):
+            for mine, theirs in zip(parts, even_odd(self._x(address, j), b.ashr), strict=True):
+                product = b.bitcast(b.mul(mine, theirs), V16I32)
+                both = b.add(b.ashr(b.shl(product, sixteen), sixteen), b.ashr(product, sixteen))
+                self.sums[i] = b.add(self.sums[i], both)
+
+
+# ---- AArch64: registers of 4 rows x 4 k ------------------------------------------------------------------------------
+
+
+class SdotDots(Dots):
+    """sdot by element: four signed products into i32; a register of activations holds four quads."""
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
+        super().__init__(b, panel, [])
+        self.parts = [_pieces(b, start, 4) for start in starts]
+
+    def _quad(self, address: ir.Value, j: int) -> ir.Value:
+        """Quad j of a token's activations, four times; LLVM loads each register once."""
+        four = load(self.b, at(self.b, address, 16 * (j // 4)), V4I32)
+        return self.b.bitcast(_shuffle(self.b, four, four, [j % 4] * 4), V16I8)
+
+    def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
+        self._sdot(j, _pieces(self.b, w, 4), x, range(len(x)))
+
+    def _sdot(self, j: int, w: list[ir.Value], x: list[ir.Value], tokens: Iterable[int]) -> None:
+        sdot = declare(self.b, "llvm.aarch64.neon.sdot.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
+        for i in tokens:
+            quad = self._quad(x[i], j)
+            self.parts[i] = [self.b.call(sdot, [s, part, quad]) for s, part in zip(self.parts[i], w, strict=True)]
+
+    def total(self, i: int) -> ir.Value:
+        return _join(self.b, self.parts[i])
+
+
+class SmmlaDots(SdotDots):
+    """smmla: 2 rows x 8 k times 8 k x 2 tokens into [row][token] i32; a token without a partner takes sdot.
+
+    Its weights are a zip of two adjacent quads, its activations 8 of one token and 8 of the other.
+    """
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
+        super().__init__(b, panel, starts)
+        self.even: list[ir.Value] = []
+        self.paired = len(starts) // 2 * 2
+        for i in range(0, self.paired, 2):  # of 4 rows: [row][token] of the first two rows, of the others
+            pairs = [*zip(self.parts[i], self.parts[i + 1], strict=True)]
+            self.parts[i] = [_shuffle(b, x, y, (0, 4, 1, 5)) for x, y in pairs]
+            self.parts[i + 1] = [_shuffle(b, x, y, (2, 6, 3, 7)) for x, y in pairs]
+
+    def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
+        b, parts = self.b, _pieces(self.b, w, 4)
+        self._sdot(j, parts, x, range(self.paired, len(x)))
+        if j % 2 == 0:
+            self.even = parts
+            return
+        smmla = declare(b, "llvm.aarch64.neon.smmla.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
+        quads = [*zip((b.bitcast(v, V4I32) for v in self.even), (b.bitcast(v, V4I32) for v in parts), strict=True)]
+        rows = [[b.bitcast(_shuffle(b, *q, z), V16I8) for q in quads] for z in ((0, 4, 1, 5), (2, 6, 3, 7))]
+        for i in range(0, self.paired, 2):
+            first, second = (load(b, at(b, address, 16 * (j // 4)), V2I64) for address in x[i : i + 2])
+            both = b.bitcast(_shuffle(b, first, second, (j // 2 % 2, 2 + j // 2 % 2)), V16I8)
+            for half, w_half in enumerate(rows):
+                sums = self.parts[i + half]
+                self.parts[i + half] = [b.call(smmla, [s, r, both]) for s, r in zip(sums, w_half, strict=True)]
+
+    def total(self, i: int) -> ir.Value:
+        if i >= self.paired:
+            return super().total(i)
+        first = i // 2 * 2
+        token = (0, 2, 4, 6) if i == first else (1, 3, 5, 7)
+        pairs = zip(self.parts[first], self.parts[first + 1], strict=True)
+        return _join(self.b, [_shuffle(self.b, low, high, token) for low, high in pairs])
+
+
+class SmullDots(SdotDots):
+    """smull, smlal: products into i16, which holds 32767 / (127 u) of them before sadalp adds neighbours into i32.
+
+    Two i32 of a row are then added by addp.
+    """
+
+    def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
+        super().__init__(b, panel, starts)
+        self.room = 32767 // (127 * (128 if self.bits == 8 else (1 << self.bits) - 1))
+        self.held = 0
+        self.products: list[list[ir.Value | None]] = [[None] * 8 for _ in starts]  # of 2 rows x 4 k
+        self.halves: list[list[ir.Value | None]] = [[None] * 8 for _ in starts]  # of 2 rows x 2
+
+    def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        if self.held == self.room:
+            self._widen()
+        smull = declare(b, "llvm.aarch64.neon.smull.v8i16", V8I16, [V8I8, V8I8])
+        rows = _pieces(b, w, 8)
+        for i, address in enumerate(x):
+            quads = _pieces(b, self._quad(address, j), 2)
+            for r, part in enumerate(rows):
+                product, sums = b.call(smull, [part, quads[r % 2]]), self.products[i]
+                sums[r] = product if sums[r] is None else b.add(sums[r], product)
+        self.held += 1
+
+    def _widen(self) -> None:
+        b = self.b
+        pairs = declare(b, "llvm.aarch64.neon.saddlp.v4i32.v8i16", V4I32, [V8I16])
+        for products, halves in zip(self.products, self.halves, strict=True):
+            for r, product in enumerate(products):
+                sums = b.call(pairs, [product])
+                halves[r] = sums if halves[r] is None else b.add(halves[r], sums)
+            products[:] = [None] * 8
+        self.held = 0
+
+    def total(self, i: int) -> ir.Value:
+        if self.held:
+            self._widen()
+        b, halves = self.b, self.halves[i]
+        addp = declare(b, "llvm.aarch64.neon.addp.v4i32", V4I32, [V4I32, V4I32])
+        sums = [b.call(addp, [halves[r], halves[r + 1]]) for r in range(0, 8, 2)]
+        return _join(b, [b.add(start, s) for start, s in zip(self.parts[i], sums, strict=True)])
+
+
+DOTS: dict[str, type[Dots]] = {
+    "vnni512": VnniDots,
+    "vnni256": VnniDots,
+    "maddubs": MaddubsDots,
+    "plain": PlainDots,
+    "smmla": SmmlaDots,
+    "sdot": SdotDots,
+    "smull": SmullDots,
+}
