@@ -1,11 +1,11 @@
 """Cores, limits, heat and energy as fake trees of files tell them; and that threads and loading follow."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from fake_machine import CPU, cores, tree
 from smolrun.errors import OutOfMemory
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.model import machine
@@ -13,28 +13,7 @@ from smolrun.model.llama import Llama
 from smolrun.model.machine import Machine, Room, vm_stat
 from tiny import make_tiny
 
-CPU = "sys/devices/system/cpu"
 MEMINFO = "MemTotal:        3884032 kB\nMemFree:          120000 kB\nMemAvailable:    3400000 kB\n"
-
-
-def tree(root: Path, files: Mapping[str, str]) -> Machine:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return Machine(root)
-
-
-def cores(**lists: tuple[int, ...]) -> dict[str, str]:
-    """Files of CPUs by what is known of them: cores(cpu_capacity=(1024, 300)) or cores(max_freq=...)."""
-    found: dict[str, str] = {}
-    for name, values in lists.items():
-        file = "cpufreq/cpuinfo_max_freq" if name == "max_freq" else name
-        found |= {f"{CPU}/cpu{n}/{file}": str(value) for n, value in enumerate(values)}
-        found["proc/self/status"] = f"Name:\tpython\nCpus_allowed:\tff\nCpus_allowed_list:\t0-{len(values) - 1}\n"
-        found[f"{CPU}/online"] = f"0-{len(values) - 1}"
-    return found
-
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,21 @@ import click
 from smolrun.cli.options import Settings, verbose_option
 from smolrun.errors import OptionError, SmolrunError
 
-VERBS = ("chat", "generate", "batch", "info", "quantize", "verify", "bench", "pull", "list", "rm", "warmup", "cache")
+VERBS = (
+    "chat",
+    "generate",
+    "batch",
+    "info",
+    "quantize",
+    "verify",
+    "bench",
+    "pull",
+    "list",
+    "rm",
+    "warmup",
+    "cache",
+    "doctor",
+)
 
 
 class _Verbs(click.Group):
