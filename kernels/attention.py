@@ -414,6 +414,15 @@ def segment_of(block, t):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def keep_softmax(block, token, head, part):  # type: ignore[no-untyped-def]
+    """m and l of a row, from which a backward pass makes its weights again."""
+    if get_i64(block + B.softmax):
+        out = get_i64(block + B.softmax) + 8 * (token * get_i64(block + B.n_heads) + head)
+        put_f32(out, get_f32(part))
+        put_f32(out + 4, get_f32(part + 4))
+
+
+@kernel
 def merge_spans(block, segment, q):  # type: ignore[no-untyped-def]
     """Output over q of a segment's single token from the partials of its spans."""
     heads = get_i64(block + B.n_heads)
@@ -422,6 +431,7 @@ def merge_spans(block, segment, q):  # type: ignore[no-untyped-def]
         for first in range(SPAN, get_i64(segment + S.start) + 1, SPAN):
             merge(parts + 4 * PART * h, parts + 4 * PART * (first // SPAN * heads + h))
         finish(parts + 4 * PART * h, q + 4 * HEAD_DIM * h)
+        keep_softmax(block, get_i64(segment + S.first), h, parts + 4 * PART * h)
 
 
 @kernel
@@ -607,6 +617,8 @@ def make_attention(key: str, value: str) -> tuple[Any, Any]:
                     (first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM
                 )
                 finish(total + 4 * PART * r, target)
+                token = get_i64(segment + S.first) + (first_row + r) // group
+                keep_softmax(block, token, head * group + (first_row + r) % group, total + 4 * PART * r)
             first_row += rows
 
     @kernel

@@ -34,11 +34,11 @@ def words(names: str) -> Any:
 #   x (n, dim)   qkv (n, q_dim + 2 kv_dim), attention writes its output over q   gate, up (n, hidden_dim)   out (n, dim)
 #   act, act_f32: activations as the next matmul reads them (drawn in matmul.py)
 #   parts (spans, n_heads, PART) of each segment in turn: attention of a single token, its context split over threads
-#   logits (n, 16 head.groups)
+#   logits (n, 16 head.groups)   softmax (n, n_heads, 2): m and l of each row of attention, for training; or 0
 B = words(
     "team counters threads n n_segments segments dim hidden_dim n_layers n_heads n_kv_heads eps tile_f32 tile_1 tile_2 "
     "max_k ids x act act_f32 qkv parts gate up out logits scratch scratch_bytes "
-    "layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head"
+    "layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head softmax"
 )
 
 # One segment: tokens first .. first + count - 1 of the pass are positions start, start + 1, ... of a sequence. pages:

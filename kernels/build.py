@@ -18,6 +18,7 @@ from .target import TIERS
 
 NAMES = """forward_KIND forward_KIND_KIND (K and V of the cache) classify team_rouse team_run worker_loop
 matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
+op_NAME (training: backward.OPS)
 read_STREAMS peak_int8 peak_f32 (measure the machine) rmsnorm swiglu rope quantise interleave (for tests alone)"""
 
 
@@ -34,6 +35,10 @@ def _function(name: str):  # type: ignore[no-untyped-def]
     if kind == "matmul":
         fmt, _, mode = rest.rpartition("_")
         return matmul.make_matmul(fmt, {"int8": 1, "int8x2": 2, "f32": 0}[mode]), matmul.MATMUL
+    if kind == "op":
+        from . import backward
+
+        return backward.make_op(rest), forward.PASS
     if kind == "row":
         return matmul.make_row(rest), matmul.ROW
     if kind == "read":

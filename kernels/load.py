@@ -60,6 +60,7 @@ MODULES = {  # first word of an entry point -> the module that makes it; every o
     "matmul": "matmul",
     "row": "matmul",
     "peak": "matmul",
+    "op": "backward",
     "team": "team",
     "worker": "team",
 }

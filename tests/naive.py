@@ -229,7 +229,12 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def stored(x: np.ndarray, kind: str) -> np.ndarray:
-    """Keys or values (..., 64) as a KV cache of a kind gives them back: blocks of 32, scales rounded to f16 first."""
+    """Keys or values (..., 64) as a KV cache of a kind gives them back: blocks of 32, scales rounded to f16 first.
+
+    "f64": as they are.
+    """
+    if kind == "f64":
+        return x.astype(np.float64)
     x = x.astype(np.float32)
     if kind in ("f32", "f16"):
         return x.astype({"f32": np.float32, "f16": np.float16}[kind]).astype(np.float64)

@@ -21,7 +21,7 @@ QUANTIZE = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q8_0": "Q8_0", "f16": "F16", "bf16"
 CLAIM_BYTES = 128 << 10  # panels of one claim: they stay in the L2 cache while all tokens pass over them
 STEP_ROWS = 1024  # rows converted at once
 
-_TENSOR = {
+TENSOR = {
     "q": "attn_q",
     "k": "attn_k",
     "v": "attn_v",
@@ -35,7 +35,7 @@ _TENSOR = {
 def kind_of(name: str) -> str:
     """The matrix a tensor's name stands for: one of MATRICES, or "head" (the tied embedding included)."""
     part = name.split(".")[-2]
-    return next((m for m, tensor in _TENSOR.items() if tensor == part), "head")
+    return next((m for m, tensor in TENSOR.items() if tensor == part), "head")
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,19 @@ def _fill(
         arena.arrays[name].view(np.float32)[:] = values.reshape(-1)
 
 
+def panels(
+    checkpoint: Checkpoint, matrices: Mapping[str, Matrix], progress: Callable[[int, int], object] | None = None
+) -> Arena:
+    """Panels of all matrices, and the norms as f32, by name: from the cache or packed now."""
+    pack = kept(checkpoint, matrices)
+    arena = pack.read()
+    if arena is None:
+        arena = Arena(pack.sizes)
+        _fill(arena, checkpoint, matrices, progress)
+        pack.write(arena)  # what cannot be kept is packed again; `smolrun info` says so
+    return arena
+
+
 class Weights:
     """Panels of all matrices, from the cache or packed now, and the kernels' table of layers.
 
@@ -154,13 +167,8 @@ class Weights:
         threads: int,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        pack = kept(checkpoint, matrices)
         self.bytes = sum(m.bytes for m in matrices.values())
-        arena = pack.read()
-        if arena is None:
-            arena = Arena(pack.sizes)
-            _fill(arena, checkpoint, matrices, progress)
-            pack.write(arena)  # what cannot be kept is packed again; `smolrun info` says so
+        arena = panels(checkpoint, matrices, progress)
         self._arena = arena
 
         def entry(name: str, kind: str) -> list[int]:
@@ -178,7 +186,7 @@ class Weights:
             row[LAYER.ffn_norm // 8] = arena.address(f"blk.{i}.ffn_norm.weight")
             for m in MATRICES:
                 first = getattr(LAYER, m) // 8
-                row[first : first + W.size] = entry(f"blk.{i}.{_TENSOR[m]}.weight", m)
+                row[first : first + W.size] = entry(f"blk.{i}.{TENSOR[m]}.weight", m)
         self.final_norm = arena.address("output_norm.weight")
         self.embed: NDArray[np.int64] = np.array(entry("token_embd.weight", "head"), np.int64)
         head = "output.weight" if "output.weight" in matrices else "token_embd.weight"

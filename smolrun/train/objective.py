@@ -1,0 +1,96 @@
+"""What is learnt: functions of (model, batches) that add gradients to a model and return the loss and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolrun.errors import OptionError
+from smolrun.train.model import Batch, Model
+
+Objective = Callable[[Model, Sequence[Batch]], dict[str, float]]  # figures, "loss" among them
+
+
+def next_token(model: Model, batches: Sequence[Batch]) -> dict[str, float]:
+    """Mean cross-entropy of all targets of the batches together, however they are spread over them."""
+    count = sum(int(batch.learnt.sum()) for batch in batches)
+    if not count:
+        raise OptionError("no position of these batches has a target: nothing to learn")
+    total = 0.0
+    for batch in batches:
+        model.forward(batch)
+        total -= float(model.backward(np.full(len(batch.ids), 1 / count, np.float32)).sum(dtype=np.float64))
+    return {"loss": total / count, "targets": count}
+
+
+def evaluate(model: Model, batches: Sequence[Batch]) -> float:
+    """Mean cross-entropy of all targets, without gradients."""
+    total, count = 0.0, 0
+    for batch in batches:
+        model.forward(batch)
+        total -= float(model.log_probs().sum(dtype=np.float64))
+        count += int(batch.learnt.sum())
+    return total / count
+
+
+def document_log_probs(log_probs: NDArray[np.float32], lengths: Sequence[int]) -> NDArray[np.float64]:
+    """Sums over each document: float64 (documents,)."""
+    return np.add.reduceat(log_probs.astype(np.float64), np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+
+
+@dataclass(frozen=True)
+class Pairs(Batch):
+    """Documents that alternate: chosen, rejected, chosen, rejected, ...
+
+    Attributes:
+        reference: log p of each document's targets under the reference model, float64 (documents,).
+    """
+
+    reference: NDArray[np.float64]
+
+    @classmethod
+    def score(cls, model: Model, batch: Batch) -> Pairs:
+        """The batch, with the model as its own reference: adapters off, or a full model before its first step."""
+        before, model.use_adapters = model.use_adapters, False
+        try:
+            model.forward(batch)
+            return cls(batch.ids, batch.targets, batch.lengths, document_log_probs(model.log_probs(), batch.lengths))
+        finally:
+            model.use_adapters = before
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimisation (arXiv 2305.18290), with conservative labels where label_smoothing > 0.
+
+    A pair's loss is -(1 - e) log s(h) - e log s(-h), s the sigmoid, h = beta (margin of the model - that of the
+    reference), a margin being log p(chosen) - log p(rejected).
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __call__(self, model: Model, batches: Sequence[Batch]) -> dict[str, float]:
+        """Mean over all pairs; figures: reward margin (h), accuracy (h > 0), rewards of both sides."""
+        count = sum(len(batch.lengths) // 2 for batch in batches)
+        figures = dict.fromkeys(("loss", "margin", "accuracy", "chosen", "rejected"), 0.0)
+        for batch in batches:
+            if not isinstance(batch, Pairs) or len(batch.lengths) % 2:
+                raise OptionError("DPO learns from Pairs: chosen and rejected documents in turns (Pairs.score)")
+            model.forward(batch)
+            rewards = self.beta * (document_log_probs(model.log_probs(), batch.lengths) - batch.reference)
+            h = rewards[0::2] - rewards[1::2]
+            e = self.label_smoothing
+            loss = (1 - e) * np.logaddexp(0, -h) + e * np.logaddexp(0, h)
+            slope = (1 - e) / (1 + np.exp(h)) - e / (1 + np.exp(-h))  # -d loss / d h
+            weights = np.empty(len(batch.lengths))
+            weights[0::2], weights[1::2] = slope, -slope
+            model.backward(np.repeat(weights * self.beta / count, batch.lengths).astype(np.float32))
+            for name, values in (("loss", loss), ("margin", h), ("accuracy", h > 0)):
+                figures[name] += float(values.sum()) / count
+            figures["chosen"] += float(rewards[0::2].sum()) / count
+            figures["rejected"] += float(rewards[1::2].sum()) / count
+        return figures
