@@ -25,9 +25,9 @@ from smolrun.kernels.block import HEAD_DIM, MATRICES, PAGE, PART, B, S
 from smolrun.kernels.ops import COLUMN_STEP, TOKENS
 from smolrun.kernels.panels import BLOCK, ROWS
 from smolrun.model import rope
+from smolrun.model.machine import available_cores
 from smolrun.model.memory import Arena, panel_bytes
 from smolrun.model.weights import TENSOR
-from smolrun.model.workers import available_cores
 from smolrun.train.adapters import Adapter, LoRA
 from smolrun.train.ops import Ops, Rows
 from smolrun.train.parameters import Frozen, Matrix, Norm, Parameters, standard_deviation
