@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class Result:
         samples: tokens/s, in the order of the rounds.
         check: {"kl", "top1", "bound", "positions"}, or what stands in for logits.
         failed: why there are no samples.
-        share_of_peak: bytes that decode must read over measured read bandwidth, ours only.
+        share_of_peak: bytes that decode must read over read bandwidth, medians of the same rounds, ours only.
     """
 
     name: str
@@ -530,11 +531,16 @@ def compare(truth: np.ndarray, found: np.ndarray, ids: Sequence[int], bound: flo
 
 
 def rounds(
-    runtimes: Mapping[str, Any], case: Case, ids: Sequence[int], repeats: int, budget: float
+    runtimes: Mapping[str, Any],
+    case: Case,
+    ids: Sequence[int],
+    repeats: int,
+    budget: float,
+    each: Callable[[], object] = lambda: None,
 ) -> dict[str, Result]:
     """Samples of every runtime, in turns: each round starts with the next one; the first round only warms up.
 
-    budget: seconds after which a runtime with at least one sample gets no more turns.
+    budget: seconds after which a runtime with at least one sample gets no more turns. each: called before each round.
     """
     results = {name: Result(name) for name in runtimes}
     spent = dict.fromkeys(runtimes, 0.0)
@@ -542,6 +548,7 @@ def rounds(
     for turn in range(repeats + 1):
         order = list(runtimes)
         order = order[turn % len(order) :] + order[: turn % len(order)]
+        each()
         part = work if turn else work[: WARM_PREFILL if case.kind == "pp" else WARM_DECODE]
         for name in order:
             result, runtime = results[name], runtimes[name]
@@ -557,6 +564,10 @@ def rounds(
                 spent[name] += seconds
                 result.samples.append(len(part) / seconds)
     return results
+
+
+def _note_bandwidth(peaks: list[float], threads: int) -> None:
+    peaks.append(bench.read_bandwidth(threads))
 
 
 def meet(
@@ -587,10 +598,10 @@ def meet(
             ids = bench.prompt(checkpoint.config.vocab_size, context)
             for key in keys:
                 began, before = time.perf_counter(), stolen()
-                peak = bench.read_bandwidth(key.threads)
-                results = rounds(opened, key.case, ids, options.repeats, options.budget)
-                peak = max(peak, bench.read_bandwidth(key.threads))  # a noisy second must not flatter us
-                after = stolen()
+                peaks: list[float] = []  # one a round: what the memory gives changes within a minute, for all alike
+                look = partial(_note_bandwidth, peaks, key.threads)
+                results = rounds(opened, key.case, ids, options.repeats, options.budget, look)
+                peak, after = statistics.median(peaks), stolen()
                 for runner in runners:
                     result = results.setdefault(runner.name, Result(runner.name, failed=absent.get(runner.name)))
                     result.check = checks.get(runner.name, {})
@@ -602,6 +613,7 @@ def meet(
                     key,
                     [results[runner.name] for runner in runners],
                     read_peak=peak,
+                    read_peaks=peaks,
                     steal=(after[0] - before[0]) / max(1, after[1] - before[1]),
                     seconds=round(time.perf_counter() - began, 1),
                 )

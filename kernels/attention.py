@@ -423,15 +423,18 @@ def keep_softmax(block, token, head, part):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def merge_spans(block, segment, q):  # type: ignore[no-untyped-def]
-    """Output over q of a segment's single token from the partials of its spans."""
+def merge_spans(block, segment, out, total):  # type: ignore[no-untyped-def]
+    """Attention of a segment's single token from the partials of its spans. total: scratch of PART floats."""
     heads = get_i64(block + B.n_heads)
-    parts = get_i64(segment + S.parts)
     for h in range(heads):
-        for first in range(SPAN, get_i64(segment + S.start) + 1, SPAN):
-            merge(parts + 4 * PART * h, parts + 4 * PART * (first // SPAN * heads + h))
-        finish(parts + 4 * PART * h, q + 4 * HEAD_DIM * h)
-        keep_softmax(block, get_i64(segment + S.first), h, parts + 4 * PART * h)
+        part = get_i64(segment + S.parts) + 4 * PART * h
+        for i in range(0, PART, LANES):
+            vstore(total + 4 * i, vload(part + 4 * i))
+        for _ in range(SPAN, get_i64(segment + S.start) + 1, SPAN):
+            part += 4 * PART * heads
+            merge(total, part)
+        finish(total, out + 4 * HEAD_DIM * h)
+        keep_softmax(block, get_i64(segment + S.first), h, total)
 
 
 @kernel

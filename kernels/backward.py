@@ -296,7 +296,7 @@ def merge_one(item, a, scratch):  # type: ignore[no-untyped-def]
     block = get_i64(a + ops.MERGE.block)
     segment = get_i64(block + B.segments) + 8 * S.size * get_i64(a + ops.MERGE.segment)
     row = get_i64(a + ops.MERGE.qkv) + 4 * get_i64(segment + S.first) * get_i64(a + ops.MERGE.stride)
-    merge_spans(block, segment, row)
+    merge_spans(block, segment, row, scratch)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------

@@ -96,11 +96,11 @@ def f32_bits(value: float) -> int:
 VALUES_SCRATCH = 2 * 2 * ROW_TILE * PAGE + 4 * PAGE + 64
 # Scratch of a span: scores, the above, int8 records of q (256 bytes a row).
 SPAN_SCRATCH = ROW_TILE * (4 * SPAN + 256) + VALUES_SCRATCH
-# A thread's scratch: attention's q, its span's, partials and a copy of one head; then one row of max_k floats; then an
-# unpacked row group.
+# A thread's scratch: attention's q, its span's, partials and a copy of one head; then one row of max_k floats, and as
+# activations of 4 + 4 bytes a float (int8 terms, f32); then an unpacked row group.
 ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + 2 * PART) + HEAD_DIM) + SPAN_SCRATCH
 
 
 def scratch_bytes(max_k: int) -> int:
     """Bytes of scratch a thread needs for matrices of up to max_k columns; a multiple of a cache line."""
-    return -(-(ATTENTION_SCRATCH + 4 * max_k + 64 * max_k) // LINE) * LINE
+    return -(-(ATTENTION_SCRATCH + (4 + 8 + 64) * max_k) // LINE) * LINE

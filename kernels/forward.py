@@ -11,8 +11,9 @@
               prepare, down   gate -> act; x += act                tokens; row groups
     norm                      x -> out                             tokens
 
-A phase ends when all of its items are done, whoever did them (team.py). `classify` is a second entry: prefill needs
-logits of its last token only, and the classifier is 21 % of the 135M weights.
+A phase ends when all of its items are done, whoever did them (team.py). Of a single token, `prepare` is no phase: every
+thread makes the activations for itself, which takes less than waiting for them. `classify` is a second entry: prefill
+needs logits of its last token only, and the classifier is 21 % of the 135M weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .attention import make_attention, merge_spans, segment_of
-from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, PHASES, B, S, W
+from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, PHASES, B, S, T, W
 from .jit import kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
@@ -32,37 +33,59 @@ call_matmul = call_word(void, MATMUL.args)
 call_row = call_word(void, ROW.args)
 bytes_of_record = kernel(record_bytes)
 
+
+@kernel
+def unpacked_of(block, row):  # type: ignore[no-untyped-def]
+    """Where a thread unpacks a row group, behind its row of floats and its activations (block.scratch_bytes)."""
+    return row + 12 * get_i64(block + B.max_k)
+
+
 PASS = void(i64, i64)
 
 
 @kernel
-def prepare(block, row, k, t, terms, floats):  # type: ignore[no-untyped-def]
-    """Write token t's row of k floats as activations of the next matmuls: int8 of 1 or 2 terms (0: none), and f32 if
-    `floats`.
+def activations(block, terms, row):  # type: ignore[no-untyped-def]
+    """Where the activations of `terms` int8 terms (0: f32) lie: those of a single token in each thread's scratch."""
+    if get_i64(block + B.n) == 1:
+        return row + get_i64(block + B.max_k) * (4 if terms else 8)
+    return get_i64(block + (B.act if terms else B.act_f32))
+
+
+@kernel
+def prepare(block, x, k, t, terms, floats, row):  # type: ignore[no-untyped-def]
+    """Write token t's k floats at x as activations of the next matmuls: int8 of 1 or 2 terms (0: none), and f32 if
+    `floats`. row: the thread's.
     """
     n = get_i64(block + B.n)
     if terms:
         tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2))
         t0 = t // tile * tile
         size = bytes_of_record(terms)
-        quantise(row, k, terms, get_i64(block + B.act) + (t0 * (k // 32) + t - t0) * size, min(tile, n - t0) * size)
+        quantise(
+            x, k, terms, activations(block, terms, row) + (t0 * (k // 32) + t - t0) * size, min(tile, n - t0) * size
+        )
     if floats:
         tile = get_i64(block + B.tile_f32)
         t0 = t // tile * tile
-        interleave(row, k, get_i64(block + B.act_f32) + (t0 * k + t - t0) * 4, min(tile, n - t0) * 4)
+        interleave(x, k, activations(block, 0, row) + (t0 * k + t - t0) * 4, min(tile, n - t0) * 4)
 
 
 @kernel
-def activations(block, w):  # type: ignore[no-untyped-def]
-    """Where a matrix finds its activations."""
-    return get_i64(block + (B.act if get_i64(w + W.terms) else B.act_f32))
+def groups_and_step(block, w):  # type: ignore[no-untyped-def]
+    """Row groups of a matrix, and of one claim: long runs of memory for a single token, else what stays in L2."""
+    groups = get_i64(w + W.groups)
+    if get_i64(block + B.n) == 1:
+        claims = 2 * get_i64(get_i64(block + B.team) + T.threads)
+        return groups, (groups + claims - 1) // claims
+    return groups, get_i64(w + W.step)
 
 
 @kernel
-def multiply(block, w, counter, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
+def multiply(block, w, counter, y, y_stride, add, row):  # type: ignore[no-untyped-def]
     """y (+)= act W^T, row groups claimed in steps."""
-    groups, step = get_i64(w + W.groups), get_i64(w + W.step)
-    act = activations(block, w)
+    groups, step = groups_and_step(block, w)
+    act = activations(block, get_i64(w + W.terms), row)
+    unpacked = unpacked_of(block, row)
     while True:
         g = claim(counter, step)
         if g >= groups:
@@ -70,18 +93,18 @@ def multiply(block, w, counter, y, y_stride, add, scratch):  # type: ignore[no-u
         end = min(g + step, groups)
         call_matmul(
             get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end,
-            act, get_i64(block + B.n), y, y_stride, add, scratch,
+            act, get_i64(block + B.n), y, y_stride, add, unpacked,
         )  # fmt: skip
         done(counter, end - g)
 
 
 @kernel
-def gated(block, layer, counter, scratch):  # type: ignore[no-untyped-def]
+def gated(block, layer, counter, row):  # type: ignore[no-untyped-def]
     """gate = silu(act Wg^T) * (act Wu^T): the three steps on the same row groups, while they are in cache."""
     wg, wu = layer + LAYER.gate, layer + LAYER.up
     gate, up = get_i64(block + B.gate), get_i64(block + B.up)
     n, hidden = get_i64(block + B.n), get_i64(block + B.hidden_dim)
-    groups, step = get_i64(wg + W.groups), get_i64(wg + W.step)
+    groups, step = groups_and_step(block, wg)
     while True:
         g = claim(counter, step)
         if g >= groups:
@@ -90,7 +113,7 @@ def gated(block, layer, counter, scratch):  # type: ignore[no-untyped-def]
         for w, y in ((wg, gate), (wu, up)):
             call_matmul(
                 get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end,
-                activations(block, w), n, y, hidden, 0, scratch,
+                activations(block, get_i64(w + W.terms), row), n, y, hidden, 0, unpacked_of(block, row),
             )  # fmt: skip
         for t in range(n):
             first = 4 * (t * hidden + 16 * g)
@@ -99,32 +122,45 @@ def gated(block, layer, counter, scratch):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def prepare_row(block, x, t, k, norm, terms, floats, split, row):  # type: ignore[no-untyped-def]
+    """Activations of one token; the arguments are those of prepare_rows."""
+    if split:
+        segment = segment_of(block, t)
+        if get_i64(segment + S.count) == 1:
+            merge_spans(block, segment, row, unpacked_of(block, row))
+            x = row
+    if norm:
+        rmsnorm(x, norm, k, get_f32(block + B.eps), row)
+        x = row
+    prepare(block, x, k, t, terms, floats, row)
+
+
+@kernel
 def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):  # type: ignore[no-untyped-def]
-    """Activations of `readers` consecutive matrices from w on, tokens claimed.
+    """Activations of `readers` consecutive matrices from w on, tokens claimed. Returns 1 when the pass was cancelled.
 
     rows: k floats each, `stride` floats apart. norm: weight of an RMSNorm to apply first, or 0. split: rows are
-    attention, that of a single token still in partials. row: scratch of k floats. Those readers that take int8 take
-    the same number of terms: the model's table of precisions is by matrix, not by format.
+    attention, that of a single token still in partials. row: the thread's. Those readers that take int8 take the same
+    number of terms: the model's table of precisions is by matrix, not by format.
+
+    A thread that comes late to a single token may read rows that are being overwritten: then all items of the phase
+    that needs them are done, and what it has made is never read.
     """
-    terms, floats = 0, 0
+    n, terms, floats = get_i64(block + B.n), 0, 0
     for i in range(readers):
         t = get_i64(w + 8 * i * W.size + W.terms)
         terms = max(terms, t)
         floats += t == 0
+    if n == 1:
+        prepare_row(block, rows, 0, k, norm, terms, floats, split, row)
+        return 0
     while True:
         t = claim(counter, 1)
-        if t >= get_i64(block + B.n):
-            return
-        x = rows + 4 * t * stride
-        if split:
-            segment = segment_of(block, t)
-            if get_i64(segment + S.count) == 1:
-                merge_spans(block, segment, x)
-        if norm:
-            rmsnorm(x, norm, k, get_f32(block + B.eps), row)
-            x = row
-        prepare(block, x, k, t, terms, floats)
+        if t >= n:
+            break
+        prepare_row(block, rows + 4 * t * stride, t, k, norm, terms, floats, split, row)
         done(counter, 1)
+    return wait(get_i64(block + B.team), counter, n)
 
 
 @kernel
@@ -146,7 +182,7 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
     store_kv, attention = make_attention(key, value)
 
     @kernel
-    def layer(block, i, counter, scratch, row, unpacked):  # type: ignore[no-untyped-def]
+    def layer(block, i, counter, scratch, row):  # type: ignore[no-untyped-def]
         """One layer; counter: its first claim counter. Returns 1 when the pass was cancelled."""
         team, n = get_i64(block + B.team), get_i64(block + B.n)
         dim, hidden = get_i64(block + B.dim), get_i64(block + B.hidden_dim)
@@ -156,12 +192,11 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         width = q_dim + 2 * kv_dim
         w = get_i64(block + B.layers) + i * LAYER.bytes
 
-        prepare_rows(block, counter, x, dim, dim, get_i64(w + LAYER.attn_norm), w + LAYER.q, 3, 0, row)
-        if wait(team, counter, n):
+        if prepare_rows(block, counter, x, dim, dim, get_i64(w + LAYER.attn_norm), w + LAYER.q, 3, 0, row):
             return 1
-        multiply(block, w + LAYER.q, counter + LINE, qkv, width, 0, unpacked)
-        multiply(block, w + LAYER.k, counter + 2 * LINE, qkv + 4 * q_dim, width, 0, unpacked)
-        multiply(block, w + LAYER.v, counter + 3 * LINE, qkv + 4 * (q_dim + kv_dim), width, 0, unpacked)
+        multiply(block, w + LAYER.q, counter + LINE, qkv, width, 0, row)
+        multiply(block, w + LAYER.k, counter + 2 * LINE, qkv + 4 * q_dim, width, 0, row)
+        multiply(block, w + LAYER.v, counter + 3 * LINE, qkv + 4 * (q_dim + kv_dim), width, 0, row)
         for m, matrix in ((1, LAYER.q), (2, LAYER.k), (3, LAYER.v)):
             if wait(team, counter + m * LINE, get_i64(w + matrix + W.groups)):
                 return 1
@@ -176,22 +211,19 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         items = attention(block, i, counter + 5 * LINE, qkv, scratch)
         if wait(team, counter + 5 * LINE, items):
             return 1
-        prepare_rows(block, counter + 6 * LINE, qkv, width, q_dim, 0, w + LAYER.o, 1, 1, row)
-        if wait(team, counter + 6 * LINE, n):
+        if prepare_rows(block, counter + 6 * LINE, qkv, width, q_dim, 0, w + LAYER.o, 1, 1, row):
             return 1
-        multiply(block, w + LAYER.o, counter + 7 * LINE, x, dim, 1, unpacked)
+        multiply(block, w + LAYER.o, counter + 7 * LINE, x, dim, 1, row)
         if wait(team, counter + 7 * LINE, get_i64(w + LAYER.o + W.groups)):
             return 1
-        prepare_rows(block, counter + 8 * LINE, x, dim, dim, get_i64(w + LAYER.ffn_norm), w + LAYER.gate, 2, 0, row)
-        if wait(team, counter + 8 * LINE, n):
+        if prepare_rows(block, counter + 8 * LINE, x, dim, dim, get_i64(w + LAYER.ffn_norm), w + LAYER.gate, 2, 0, row):
             return 1
-        gated(block, w, counter + 9 * LINE, unpacked)
+        gated(block, w, counter + 9 * LINE, row)
         if wait(team, counter + 9 * LINE, get_i64(w + LAYER.gate + W.groups)):
             return 1
-        prepare_rows(block, counter + 10 * LINE, gate, hidden, hidden, 0, w + LAYER.down, 1, 0, row)
-        if wait(team, counter + 10 * LINE, n):
+        if prepare_rows(block, counter + 10 * LINE, gate, hidden, hidden, 0, w + LAYER.down, 1, 0, row):
             return 1
-        multiply(block, w + LAYER.down, counter + 11 * LINE, x, dim, 1, unpacked)
+        multiply(block, w + LAYER.down, counter + 11 * LINE, x, dim, 1, row)
         return wait(team, counter + 11 * LINE, get_i64(w + LAYER.down + W.groups))
 
     def forward(block, tid):  # type: ignore[no-untyped-def]
@@ -199,12 +231,11 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         counters, dim, x = get_i64(block + B.counters), get_i64(block + B.dim), get_i64(block + B.x)
         scratch = get_i64(block + B.scratch) + tid * get_i64(block + B.scratch_bytes)
         row = scratch + ATTENTION_SCRATCH
-        unpacked = row + 4 * get_i64(block + B.max_k)
-        embed(block, counters, x, dim, unpacked)
+        embed(block, counters, x, dim, unpacked_of(block, row))
         if wait(team, counters, n):
             return
         for i in range(get_i64(block + B.n_layers)):
-            if layer(block, i, counters + (1 + i * PHASES) * LINE, scratch, row, unpacked):
+            if layer(block, i, counters + (1 + i * PHASES) * LINE, scratch, row):
                 return
         last = counters + (1 + get_i64(block + B.n_layers) * PHASES) * LINE
         while True:
@@ -222,9 +253,7 @@ def classify(block, tid):  # type: ignore[no-untyped-def]
     head = get_i64(block + B.head)
     counters, dim = get_i64(block + B.counters), get_i64(block + B.dim)
     row = get_i64(block + B.scratch) + tid * get_i64(block + B.scratch_bytes) + ATTENTION_SCRATCH
-    prepare_rows(block, counters, get_i64(block + B.out), dim, dim, 0, head, 1, 0, row)
-    if wait(get_i64(block + B.team), counters, get_i64(block + B.n)):
+    if prepare_rows(block, counters, get_i64(block + B.out), dim, dim, 0, head, 1, 0, row):
         return
-    unpacked = row + 4 * get_i64(block + B.max_k)
     stride = 16 * get_i64(head + W.groups)
-    multiply(block, head, counters + LINE, get_i64(block + B.logits), stride, 0, unpacked)
+    multiply(block, head, counters + LINE, get_i64(block + B.logits), stride, 0, row)

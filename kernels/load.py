@@ -72,21 +72,29 @@ def module_of(name: str) -> str:
 
 
 @functools.cache
+def _compilers() -> bytes:
+    """The version files of LLVM's and Numba's packages, which are found, not imported."""
+    specs = map(importlib.util.find_spec, ("llvmlite", "numba"))
+    return b"".join((Path(s.origin).parent / "_version.py").read_bytes() for s in specs if s and s.origin)
+
+
+@functools.cache
+def _source(module: str) -> tuple[bytes, list[str]]:
+    """A module of kernels and the names of those it imports."""
+    text = (Path(__file__).parent / f"{module}.py").read_bytes()
+    return text, [name.decode() for name in re.findall(rb"^from \.(\w+) import", text, re.MULTILINE)]
+
+
+@functools.cache
 def fingerprint(module: str) -> str:
     """Hash of the sources that shape a module's kernels, and of their compiler."""
-    digest = hashlib.sha256()
-    for package in ("llvmlite", "numba"):  # found, not imported: the version file stands for each
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            digest.update((Path(spec.origin).parent / "_version.py").read_bytes())
     sources, waiting = dict[str, bytes](), [module, "build"]
     while waiting:
         if (name := waiting.pop()) not in sources:
-            sources[name] = (Path(__file__).parent / f"{name}.py").read_bytes()
-            waiting += re.findall(r"^from \.(\w+) import", sources[name].decode(), re.MULTILINE)
-    for name, source in sorted(sources.items()):
-        digest.update(name.encode() + source)
-    return digest.hexdigest()[:16]
+            sources[name], imports = _source(name)
+            waiting += imports
+    parts = [_compilers(), *(name.encode() + source for name, source in sorted(sources.items()))]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

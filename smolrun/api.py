@@ -10,6 +10,7 @@
 KV cache keeps the longest prefix, so only the new turn is computed. `save_session` takes such a prefix to a file.
 """
 
+import gc
 import threading
 import time
 import weakref
@@ -99,7 +100,7 @@ def load(
     """
     if speculate not in (None, "lookup"):
         raise OptionError(f"speculate is {speculate!r}, 'lookup' or None expected (a model that guesses is `draft`)")
-    with ExitStack() as opened:
+    with ExitStack() as opened, _uncollected():
         checkpoint = opened.enter_context(open_checkpoint(resolve(source, offline=offline)))
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
         template = ChatTemplate(checkpoint.chat_template, tokenizer)
@@ -127,6 +128,18 @@ def load(
         release = opened.pop_all().close
     sessions = Sessions(model, digest)
     return LLM(model, tokenizer, template, release=release, speculator=speculator, sessions=sessions)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection while a vocabulary is read: it would look at 200,000 strings again and again."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _load_draft(

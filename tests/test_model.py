@@ -751,7 +751,7 @@ def test_a_second_process_compiles_nothing(tiny: Tiny) -> None:
     """And imports nothing that compiles."""
     body = """
 load.compile_images = poison
-load.fingerprint("forward")  # looks where the compilers lie, without importing them
+load._compilers()  # looks where the compilers lie, without importing them
 sys.modules["numba"] = sys.modules["llvmlite"] = None  # to import one fails
 hidden(model(threads=1), IDS)
 """
