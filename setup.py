@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-TEST = ["pytest>=8", "ruff", "mypy", "gguf", "pexpect"]
+TEST = ["pytest>=8", "ruff", "mypy", "gguf", "pexpect", "pyarrow>=15", "tomli>=2; python_version < '3.11'"]
 REFERENCE = [
     "llama-cpp-python==0.3.36"
 ]  # the peer of `smolrun verify` and `smolrun bench --compare`; compiles C++ when installed
@@ -37,6 +37,11 @@ setup(
         "click>=8.1",
     ],
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
-    extras_require={"test": TEST, "reference": REFERENCE, "plot": ["matplotlib>=3.8"]},
+    extras_require={
+        "test": TEST,
+        "reference": REFERENCE,
+        "plot": ["matplotlib>=3.8"],
+        "train": ["matplotlib>=3.8", "pyarrow>=15", "tomli>=2; python_version < '3.11'"],  # recipes, Parquet, plots
+    },
     entry_points={"console_scripts": ["smolrun=smolrun.cli:main"]},
 )

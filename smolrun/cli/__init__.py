@@ -22,6 +22,7 @@ VERBS = (
     "generate",
     "batch",
     "info",
+    "train",
     "quantize",
     "verify",
     "bench",

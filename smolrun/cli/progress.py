@@ -15,6 +15,8 @@ _SAYS = {
     "calibrate": "calibrating, layer",
     "quantize": "writing tensor",
     "compare": "comparing, window",
+    "tokenize": "reading documents, byte",
+    "vocabulary": "training the tokenizer",
 }
 
 

@@ -81,6 +81,34 @@ class Layer:
     adapters: dict[str, Adapter]
 
 
+def buffer_sizes(
+    c: ModelConfig, n: int, context: int, *, lora: LoRA | None = None, recompute: bool = False
+) -> dict[str, int]:
+    """Bytes of each buffer of a model that takes n tokens at a time; pages of keys and values come beside them."""
+    rank = lora.padded if lora else 0
+    rounded, widest = -(-n // TOKENS) * TOKENS, max(c.dim, c.hidden_dim, c.q_dim, rank)
+    layers = 1 if recompute else c.n_layers
+    width = c.q_dim + 2 * c.kv_dim
+    largest = max(c.hidden_dim, c.q_dim, rank) * max(c.dim, rank)
+    rows = min(LOGIT_ROWS, rounded)
+    head = min(HEAD_ROWS, -(-c.vocab_size // BLOCK) * BLOCK)
+    groups = -(-c.vocab_size // ROWS)
+    floats = {f"x{i}": n * c.dim for i in range(c.n_layers + 1)}
+    for i in range(layers):
+        floats |= {f"q{i}": n * c.q_dim, f"att{i}": n * c.q_dim, f"mid{i}": n * c.dim}
+        floats |= {f"gate{i}": n * c.hidden_dim, f"up{i}": n * c.hidden_dim, f"softmax{i}": 2 * n * c.n_heads}
+    for target in lora.targets if lora else ():
+        floats |= {f"u_{target}{i}": n * rank for i in range(layers)}
+    floats |= {"qkv": n * width, "dx": n * c.dim, "dh": n * c.dim, "da": n * max(c.hidden_dim, c.q_dim)}
+    floats |= {"dq": n * c.q_dim, "dk": n * c.q_dim, "dv": n * c.q_dim, "dqkv": n * width}
+    floats |= {"du": n * rank, "dropped": n * widest if lora and lora.dropout else 0}
+    floats |= {"tiles": max(n * widest, rows * head), "columns": rounded * widest, "panels": rounded * widest}
+    floats |= {"turned": max(largest, head * c.dim), "parts": rounded // TOKENS * c.dim}
+    floats |= {"hx": n * c.dim, "dhx": n * c.dim, "logits": rows * ROWS * groups, "stats": 2 * n, "weights": n}
+    floats |= {"rope": context * HEAD_DIM}
+    return {name: 4 * size for name, size in floats.items()} | {"ids": 8 * n, "targets": 8 * n, "slack": 64}
+
+
 class Model:
     """Weights with gradients. Not for concurrent callers.
 
@@ -162,29 +190,9 @@ class Model:
     # ---- memory ------------------------------------------------------------------------------------------------------
 
     def _allocate(self, lora: LoRA | None) -> None:
-        c, n = self.config, self.tokens
+        c = self.config
         self._rank = lora.padded if lora else 0
-        rounded, widest = -(-n // TOKENS) * TOKENS, max(c.dim, c.hidden_dim, c.q_dim, self._rank)
-        layers = 1 if self.recompute else c.n_layers
-        width = c.q_dim + 2 * c.kv_dim
-        largest = max(c.hidden_dim, c.q_dim, self._rank) * max(c.dim, self._rank)
-        rows = min(LOGIT_ROWS, rounded)
-        head = min(HEAD_ROWS, -(-c.vocab_size // BLOCK) * BLOCK)
-        groups = -(-c.vocab_size // ROWS)
-        floats = {f"x{i}": n * c.dim for i in range(c.n_layers + 1)}
-        for i in range(layers):
-            floats |= {f"q{i}": n * c.q_dim, f"att{i}": n * c.q_dim, f"mid{i}": n * c.dim}
-            floats |= {f"gate{i}": n * c.hidden_dim, f"up{i}": n * c.hidden_dim, f"softmax{i}": 2 * n * c.n_heads}
-        for target in lora.targets if lora else ():
-            floats |= {f"u_{target}{i}": n * self._rank for i in range(layers)}
-        floats |= {"qkv": n * width, "dx": n * c.dim, "dh": n * c.dim, "da": n * max(c.hidden_dim, c.q_dim)}
-        floats |= {"dq": n * c.q_dim, "dk": n * c.q_dim, "dv": n * c.q_dim, "dqkv": n * width}
-        floats |= {"du": n * self._rank, "dropped": n * widest if lora and lora.dropout else 0}
-        floats |= {"tiles": max(n * widest, rows * head), "columns": rounded * widest, "panels": rounded * widest}
-        floats |= {"turned": max(largest, head * c.dim), "parts": rounded // TOKENS * c.dim}
-        floats |= {"hx": n * c.dim, "dhx": n * c.dim, "logits": rows * ROWS * groups, "stats": 2 * n, "weights": n}
-        floats |= {"rope": self.context * HEAD_DIM}
-        sizes = {name: 4 * size for name, size in floats.items()} | {"ids": 8 * n, "targets": 8 * n, "slack": 64}
+        sizes = buffer_sizes(c, self.tokens, self.context, lora=lora, recompute=self.recompute)
         self._arena = Arena(sizes)
         self._at = {name: self._arena.address(name) for name in sizes}
         self._u = {

@@ -1,0 +1,325 @@
+"""From a recipe to a run that is ready: what every task is put together from, and what it will take.
+
+>>> with prepare(Path("recipe.toml"), task="pretrain") as plan:                       # doctest: +SKIP
+...     print(plan.facts, plan.memory, plan.rate())
+...     plan.run()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from smolrun.config import ModelConfig
+from smolrun.errors import OptionError, OutOfMemory
+from smolrun.files.checkpoint import END_OF_TEXT, Checkpoint, expected_shapes, hf_name, open_checkpoint
+from smolrun.files.sources import resolve
+from smolrun.files.whole import whole
+from smolrun.kernels.block import HEAD_DIM, PAGE
+from smolrun.kernels.panels import ROWS
+from smolrun.model import machine, memory
+from smolrun.train import plot
+from smolrun.train.adapters import LoRA
+from smolrun.train.data import Corpus, Progress, Vocabulary, read_tokenizer, texts_of
+from smolrun.train.model import Model, buffer_sizes
+from smolrun.train.optimiser import AdamW
+from smolrun.train.pretrain import Feed as Documents
+from smolrun.train.recipe import Pretrain, Recipe, read_recipe
+from smolrun.train.rows import BadRow, files
+from smolrun.train.run import Facts, Feed, Loop, discard, identity_of
+from smolrun.train.trainer import Trainer
+from smolrun.train.vocabulary import train_vocabulary
+
+# what may change between two parts of a run
+FREE = ("run.out", "run.save_every", "run.keep_last", "run.threads")
+
+
+@dataclass
+class Plan:
+    """A run that is ready to begin.
+
+    Attributes:
+        tokens: that the whole run reads.
+        facts: (what, how much) for people: the model, the data, ...
+        warnings: bad rows and the like.
+        memory: bytes that it takes, see `training_bytes`.
+        export: writes the result into a folder.
+    """
+
+    recipe: Recipe
+    trainer: Trainer
+    feed: Feed
+    tokens: int
+    memory: int
+    export: Callable[[Path], object]
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def result(self) -> Path:
+        """Where the model is written."""
+        return self.recipe.run.out / "model"
+
+    def rate(self) -> float:
+        """Tokens a second, from a first pass that is then forgotten."""
+        before, parameters = json.loads(json.dumps(self.feed.state())), self.trainer.model.parameters
+        batch = self.feed.next()[:1]
+        for _ in range(2):  # the first one touches the memory
+            began = time.perf_counter()
+            self.trainer.objective(self.trainer.model, batch)
+            seconds = time.perf_counter() - began
+            if seconds > 5:
+                break
+        parameters.gradients[:] = 0
+        self.feed.restore(before)
+        return sum(len(b.ids) for b in batch) / seconds
+
+    def run(
+        self,
+        *,
+        fresh: bool = False,
+        listen: Callable[[Facts], object] = lambda facts: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """All steps, then the result; False if it was stopped before the end.
+
+        Raises:
+            OptionError: run.out is in use, or holds a run of another recipe.
+        """
+        run = self.recipe.run
+        if fresh:
+            discard(run.out)
+        drawing = plot.Drawing(run.out)
+
+        def tell(facts: Facts) -> None:
+            listen(facts)
+            if problem := drawing.told(facts):
+                listen({"kind": "note", "text": problem})
+
+        loop = Loop(
+            self.trainer, self.feed, run.out, identity_of(dataclasses.asdict(self.recipe), *FREE),
+            save_every=run.save_every, evaluate_every=run.evaluate_every, keep_last=run.keep_last,
+            listen=tell, stop=stop,
+        )  # fmt: skip
+        finished = loop.run()
+        drawing.draw()
+        if finished:
+            self.export(self.result)
+        return finished
+
+
+@contextmanager
+def prepare(
+    path: Path,
+    changes: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Plan]:
+    """Everything but the steps: recipe, data, memory, model. Closed in the end.
+
+    Args:
+        task: the only one that is welcome.
+        changes: as read_recipe.
+        force: even if memory seems too small.
+        progress: ("tokenize", "compile", ...; done; all).
+
+    Raises:
+        OptionError: the recipe or its data are amiss.
+        OutOfMemory: it does not fit the memory at hand.
+    """
+    recipe = read_recipe(path, {name: kind for name, (kind, _) in TASKS.items()}, changes)
+    if task is not None and recipe.task != task:
+        raise OptionError(f"{path} is for `smolrun train {recipe.task}`, not for {task}")
+    with ExitStack() as opened:
+        yield TASKS[recipe.task][1](recipe, opened, force, progress)
+
+
+def training_bytes(
+    c: ModelConfig,
+    tokens: int,
+    context: int,
+    *,
+    lora: LoRA | None = None,
+    recompute: bool = False,
+    frozen: int = 0,
+    document: int = 512,
+) -> int:
+    """Peak of resident memory of a run: weights, gradients, two moments, buffers, pages, Python.
+
+    Args:
+        tokens: of a pass.
+        frozen: bytes of weights that are not trained.
+        document: tokens of a document, as a rule; pages of keys and values are of whole 64.
+    """
+    shapes = expected_shapes(c)
+    trained = shapes if lora is None else lora.shapes(c, shapes)
+    size = sum(-(-shape[0] // ROWS) * ROWS * int(np.prod(shape[1:])) for shape in trained.values())
+    buffers = memory.rounded(buffer_sizes(c, tokens, context, lora=lora, recompute=recompute))
+    pages = -(-tokens // document) * -(-document // PAGE)
+    kv = pages * (1 if recompute else c.n_layers) * c.n_kv_heads * 8 * PAGE * HEAD_DIM
+    return 16 * size + buffers + kv + frozen + memory.PROCESS + memory.PROCESS_TOKEN * c.vocab_size
+
+
+def check_memory(needed: int, recipe: Recipe) -> None:
+    """Raises OutOfMemory if so many bytes are not there."""
+    room = machine.HERE.available()
+    if room is not None and needed > room.bytes:
+        ways = ["a smaller batch.pass_tokens"] + ([] if recipe.batch.recompute else ["batch.recompute = true"])
+        raise OutOfMemory(
+            f"training needs {needed / 1e9:.2f} GB and {room.bytes / 1e9:.2f} GB are available ({room.source}). What "
+            f"takes less: {', '.join(ways)}. To try nevertheless: --force"
+        )
+
+
+def open_base(recipe: Recipe, opened: ExitStack) -> Checkpoint | None:
+    """The model to go on from, if the recipe names one."""
+    if recipe.model.base is None:
+        return None
+    return opened.enter_context(open_checkpoint(resolve(recipe.model.base)))
+
+
+def _compiling(progress: Progress | None) -> Callable[[int, int], None] | None:
+    """A model's progress, by its name for people."""
+    if progress is None:
+        return None
+
+    def tell(done: int, all_: int) -> None:
+        progress("compile", done, all_)
+
+    return tell
+
+
+def trainer_of(recipe: Recipe, model: Model, steps: int) -> Trainer:
+    """With the optimiser and the schedule of a recipe."""
+    o = recipe.optimiser
+    adamw = AdamW(model.parameters, model.ops, betas=(o.betas[0], o.betas[1]), eps=o.eps, decay=o.decay)
+    return Trainer(model, adamw, recipe.schedule.of(steps), clip=o.clip or None)
+
+
+# ---- pretraining -----------------------------------------------------------------------------------------------------
+
+
+def _pretrain(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | None) -> Plan:
+    assert isinstance(recipe, Pretrain)
+    base = open_base(recipe, opened)
+    folder = _tokenizer(recipe, progress)
+    source = read_tokenizer(folder) if folder is not None else base.tokenizer  # type: ignore[union-attr]
+    vocabulary = Vocabulary.of(source, base.config.vocab_size if base else 0)
+    if base is not None and vocabulary.tokenizer.vocab_size > base.config.vocab_size:
+        raise OptionError(
+            f"tokenizer: {vocabulary.tokenizer.vocab_size:,} tokens, {recipe.model.base} has {base.config.vocab_size:,}"
+        )
+    corpora = {name: Corpus(name, source, vocabulary, progress) for name, source in recipe.sources.items()}
+    at_a_time, longest = recipe.batch.at_a_time, recipe.longest
+    config = base.config if base else recipe.model.config(vocabulary.tokenizer.vocab_size, longest)
+    config = dataclasses.replace(config, max_positions=max(config.max_positions, longest))
+    lengths = np.concatenate([corpus.lengths for corpus in corpora.values()])
+    needed = training_bytes(
+        config, at_a_time, longest, recompute=recipe.batch.recompute, document=min(longest, int(lengths.mean()))
+    )
+    if not force:
+        check_memory(needed, recipe)
+    if base is not None:
+        base.config = config
+    model = Model(
+        base or config, tokens=at_a_time, context=longest, recompute=recipe.batch.recompute, seed=recipe.run.seed,
+        threads=recipe.run.threads,
+        progress=_compiling(progress),
+    )  # fmt: skip
+    opened.callback(model.close)
+    if base is None and recipe.model.init_std is not None:
+        model.parameters.initialise(recipe.run.seed, recipe.model.init_std)
+    feed = Documents(recipe, corpora, model)
+    tokens = sum(stage.tokens for stage in recipe.stages)
+    facts = [
+        ("model", f"{len(model.parameters):,} parameters, {model.ops.threads} threads, kernels {model.ops.tier.name}"),
+        ("run", f"{tokens:,} tokens in {feed.steps:,} steps of {recipe.batch.tokens:,}"),
+    ]
+    warnings = []
+    for name, corpus in corpora.items():
+        count = int(corpus.lengths[corpus.learnt].sum())
+        wanted = sum(
+            s.tokens * m.get(name, 0) / sum(m.values()) for s, m in zip(recipe.stages, feed.mixtures, strict=True)
+        )
+        facts.append(
+            (name, f"{count:,} tokens in {len(corpus.learnt):,} documents, {wanted / count:.2f} epochs; "
+             f"{len(corpus.held):,} held out, {corpus.left_out:,} too short")
+        )  # fmt: skip
+        if not len(corpus.held):
+            warnings.append(f"sources.{name}: no document is held out: nothing to evaluate on")
+        warnings += [f"{bad.where}: {bad.problem}" for bad in corpus.bad[:5]]
+        if len(corpus.bad) > 5:
+            warnings.append(f"sources.{name}: {len(corpus.bad):,} rows cannot be used in all")
+
+    tokenizer = folder or resolve(recipe.model.base)
+
+    def export(target: Path) -> None:
+        export_folder(model, tokenizer, target)
+
+    return Plan(recipe, trainer_of(recipe, model, feed.steps), feed, tokens, needed, export, facts, warnings)
+
+
+def _tokenizer(recipe: Pretrain, progress: Progress | None) -> Path | None:
+    """The folder of the recipe's tokenizer, trained on what is learnt if it is to be new; None: the base model's."""
+    if recipe.tokenizer is None:
+        return None
+    if recipe.tokenizer.path is not None:
+        return resolve(recipe.tokenizer.path)
+    assert recipe.tokenizer.vocab_size is not None
+    folder = recipe.run.out / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        if progress:
+            progress("vocabulary", 0, 1)
+        train_vocabulary(
+            (
+                row[1]
+                for source in recipe.sources.values()
+                for path in files(source.path)
+                for row in texts_of(path, source)
+                if not isinstance(row, BadRow)
+            ),
+            recipe.tokenizer.vocab_size,
+            folder,
+        )
+        if progress:
+            progress("vocabulary", 1, 1)
+    return folder
+
+
+def export_folder(model: Model, tokenizer: Path, target: Path) -> None:
+    """A Hugging Face folder: config.json, model.safetensors (F32), the tokenizer's files as they are."""
+    c = model.config
+    end = read_tokenizer(tokenizer).specials[END_OF_TEXT]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
+        "hidden_act": "silu", "hidden_size": c.dim, "intermediate_size": c.hidden_dim, "head_dim": c.head_dim,
+        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads,
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_positions, "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "initializer_range": c.dim**-0.5,
+        "bos_token_id": end, "eos_token_id": end, "torch_dtype": "float32",
+    }  # fmt: skip
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, target / name)
+    tensors = {hf_name(name): model.parameters.get(name) for name in model.parameters.shapes}
+    with whole(target / "model.safetensors") as file:
+        file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    with whole(target / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode())
+
+
+TASKS: dict[str, tuple[type[Recipe], Callable[[Recipe, ExitStack, bool, Progress | None], Plan]]] = {
+    "pretrain": (Pretrain, _pretrain),
+}
