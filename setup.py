@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.10",
     packages=["smolrun", "smolrun.kernels", *(f"smolrun.{name}" for name in find_packages("smolrun"))],
     package_dir={"smolrun": "smolrun", "smolrun.kernels": "kernels"},
-    package_data={"smolrun": ["py.typed", "*.txt"], "smolrun.kernels": ["py.typed"]},
+    package_data={"smolrun": ["py.typed", "*.txt", "capi/*"], "smolrun.kernels": ["py.typed"]},
     install_requires=[
         "numpy>=2.0",
         "numba>=0.68",

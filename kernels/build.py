@@ -19,6 +19,7 @@ from .target import TIERS
 NAMES = """forward_KIND forward_KIND_KIND (K and V of the cache) classify team_rouse team_run worker_loop
 matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
 op_NAME (training: backward.OPS)
+smolrun_FUNCTION (of smolrun.h; for the plainest tier) smolrun_symbol,NAME,... (what a library of these names holds)
 read_STREAMS peak_int8 peak_f32 (measure the machine) rmsnorm swiglu rope quantise interleave (for tests alone)"""
 
 
@@ -45,6 +46,11 @@ def _function(name: str):  # type: ignore[no-untyped-def]
         return pointwise.make_read(int(rest)), pointwise.READ
     if kind == "peak":
         return matmul.make_peak({"int8": 1, "f32": 0}[rest]), matmul.PEAK
+    if kind == "smolrun":
+        from . import capi
+
+        symbol, _, names = name.partition(",")
+        return (capi.make_symbol(names.split(",")), i64(i64)) if names else capi.function(symbol)
     if name in ("team_rouse", "team_run", "worker_loop"):
         return getattr(team, name), i64(i64, i64, i64)
     arguments = {
@@ -74,7 +80,8 @@ def main(kind: str, tier: str, names: Iterable[str], triple: str = "") -> None:
 
     for name in names:
         began = time.perf_counter()
-        code = compile_c(name, *_function(name), "assembly" if kind == "assembly" else "object", triple)
+        emit = "assembly" if kind == "assembly" else "object"
+        code = compile_c(name.partition(",")[0], *_function(name), emit, triple)
         code = seal(*link(code), image_key(target, name)) if kind == "image" else code
         frame = {"name": name, "bytes": len(code), "seconds": round(time.perf_counter() - began, 3)}
         out.write(json.dumps(frame).encode() + b"\n" + code)

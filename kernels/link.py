@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .load import BuildError, compile_code
+from .program import API, LIBC
 from .target import TIERS, Tier
 
 
@@ -34,6 +36,7 @@ class Target:
         linker: flavour of lld.
         suffix: of a shared object.
         flags: the linker's.
+        libc: name of the system's C library; "": no C interface there.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Target:
     linker: str
     suffix: str
     flags: tuple[str, ...]
+    libc: str = ""
 
     @property
     def tiers(self) -> list[Tier]:
@@ -61,9 +65,9 @@ _DYLIB = ("-dylib", "-arch", "arm64", "-platform_version", "macos", "11.0", "11.
 TARGETS = {
     target.name: target
     for target in (
-        Target("aarch64-linux-android", "aarch64", "aarch64-unknown-linux", "ld.lld", ".so", _ELF),
-        Target("aarch64-linux-gnu", "aarch64", "aarch64-unknown-linux", "ld.lld", ".so", _ELF),
-        Target("x86_64-linux-gnu", "x86_64", "x86_64-unknown-linux", "ld.lld", ".so", _ELF),
+        Target("aarch64-linux-android", "aarch64", "aarch64-unknown-linux", "ld.lld", ".so", _ELF, "libc.so"),
+        Target("aarch64-linux-gnu", "aarch64", "aarch64-unknown-linux", "ld.lld", ".so", _ELF, "libc.so.6"),
+        Target("x86_64-linux-gnu", "x86_64", "x86_64-unknown-linux", "ld.lld", ".so", _ELF, "libc.so.6"),
         Target("x86_64-windows", "AMD64", "x86_64-w64-windows-gnu", "lld-link", ".dll", _DLL),
         Target("arm64-apple-darwin", "arm64", "arm64-apple-macosx11.0.0", "ld64.lld", ".dylib", _DYLIB),
     )
@@ -79,6 +83,23 @@ def compile_objects(tier: Tier, names: Iterable[str], target: Target) -> dict[st
     objects: dict[str, bytes] = {}
     compile_code("object", tier, list(dict.fromkeys(names)), objects.__setitem__, target.triple)
     return objects
+
+
+def c_interface(tier: Tier, names: Iterable[str], target: Target) -> dict[str, bytes]:
+    """Objects of smolrun.h's functions, for a library that also holds the objects of `names`; `link` exports API.
+
+    They are compiled for the plainest tier: they say so when the CPU lacks the other's instructions.
+
+    Raises:
+        BuildError: not for this target, or not on this machine.
+    """
+    if not target.libc:
+        raise BuildError(f"the C interface is for Linux and Android, not for {target.name}")
+    if target.machine == "x86_64" != platform.machine():  # LLVM's Python package reads assembly of its own machine only
+        raise BuildError(f"the C interface for {target.name} can be compiled on x86-64 only")
+    symbols = compile_objects(tier, [f"smolrun_symbol,{','.join(names)}"], target)
+    functions = compile_objects(target.tiers[-1], [*API, "smolrun_worker"], target)
+    return functions | dict(zip(["smolrun_symbol"], symbols.values(), strict=True))
 
 
 def link(objects: Mapping[str, bytes], exports: Iterable[str], target: Target, out: Path) -> None:
@@ -106,11 +127,24 @@ def link(objects: Mapping[str, bytes], exports: Iterable[str], target: Target, o
             script = os.path.join(folder, "exports")
             Path(script).write_text("{ global: " + " ".join(f"{name};" for name in exports) + " local: *; };")
             command += ["-o", made, "-soname", out.name, f"--version-script={script}", *inputs]
+            if "smolrun_open" in objects:
+                command.append(_stub(target, inputs[0], folder))
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
             raise BuildError(f"{' '.join(command[:3])} ... could not link {out.name}: {said[:1000]}")
         shutil.copyfile(made, out)
+
+
+def _stub(target: Target, input: str, folder: str) -> str:
+    """A shared object that stands for the system's C library: of its name, with LIBC's functions and no others.
+
+    input: an object that asks for nothing, since a linker wants one.
+    """
+    stub = os.path.join(folder, "libc.stub")
+    command = [*_linker(target.linker), "-shared", "-soname", target.libc, "-o", stub, input]
+    subprocess.run([*command, *(f"--defsym={name}=0" for name in LIBC)], check=True)
+    return stub
 
 
 def _linker(flavour: str) -> list[str]:

@@ -61,6 +61,7 @@ MODULES = {  # first word of an entry point -> the module that makes it; every o
     "row": "matmul",
     "peak": "matmul",
     "op": "backward",
+    "smolrun": "capi",
     "team": "team",
     "worker": "team",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,12 @@ from smolrun.config import ModelConfig
 from smolrun.errors import KernelError, ModelClosed, OptionError
 from smolrun.files.checkpoint import Checkpoint
 from smolrun.kernels import load as kernels
-from smolrun.kernels.block import MATRICES, PART, SPAN, B, S, f32_bits
+from smolrun.kernels.block import MATRICES, PART, SPAN, B, S, f32_bits, scratch_bytes
 from smolrun.kernels.panels import PANELS, ROWS
 from smolrun.kernels.target import choose, token_tile
 from smolrun.model import machine, memory, rope
 from smolrun.model.cache import KVCache, Slot
-from smolrun.model.weights import Weights, kind_of, plan
+from smolrun.model.weights import Matrix, Weights, kind_of, plan
 from smolrun.model.workers import Team
 
 Floats = NDArray[np.float32]
@@ -33,6 +33,44 @@ PRECISION = {
     "f32": dict.fromkeys(_ALL, 0),
 }
 ROPE_STEP = 512
+
+
+def matmul_name(fmt: str, terms: int) -> str:
+    """The entry point that multiplies a format by activations of so many int8 terms."""
+    return f"matmul_{fmt}_{MODES[terms]}"
+
+
+def terms_of(precision: str) -> Callable[[str, str], int]:
+    """(format, matrix) -> int8 terms of its activations."""
+    return lambda fmt, matrix: 0 if PANELS[fmt].is_float else PRECISION[precision][matrix]
+
+
+def kernel_names(matrices: Mapping[str, Matrix], precision: str, kv: str) -> list[str]:
+    """The entry points that compute a model: forward, classify, the embedding's rows, then the matrices."""
+    key, value = memory.kv_kinds(kv)
+    terms = terms_of(precision)
+    matmuls = {matmul_name(m.format, terms(m.format, kind_of(name))) for name, m in matrices.items()}
+    forward = f"forward_{key}" if key == value else f"forward_{key}_{value}"
+    return [forward, "classify", f"row_{matrices['token_embd.weight'].format}", *sorted(matmuls)]
+
+
+def shape_words(config: ModelConfig, kv: str) -> dict[str, int]:
+    """Those words of the argument block that are the model's shape."""
+    c, (key_bytes, value_bytes) = config, memory.head_bytes(kv)
+    max_k = max(c.dim, c.hidden_dim, c.q_dim)
+    return {
+        "dim": c.dim,
+        "hidden_dim": c.hidden_dim,
+        "n_layers": c.n_layers,
+        "n_heads": c.n_heads,
+        "n_kv_heads": c.n_kv_heads,
+        "eps": f32_bits(c.norm_eps),
+        "max_k": max_k,
+        "scratch_bytes": scratch_bytes(max_k),
+        "head_bytes": key_bytes + value_bytes,
+        "layer_bytes": c.n_kv_heads * (key_bytes + value_bytes),
+        "value_offset": key_bytes,
+    }
 
 
 class Cancelled(Exception):
@@ -68,8 +106,6 @@ class Llama:
         """As smolrun.load; `team`: that of a model whose passes never overlap with this one's, None: an own one."""
         if precision not in PRECISION:
             raise OptionError(f"precision={precision!r}: expected one of {', '.join(PRECISION)}")
-        key, value = memory.kv_kinds(kv)
-        forward = f"forward_{key}" if key == value else f"forward_{key}_{value}"
         c = checkpoint.config
         self.config: ModelConfig = c
         ours = machine.HERE.threads()
@@ -77,22 +113,12 @@ class Llama:
         if not 1 <= self.threads <= 256:
             raise OptionError(f"threads={threads}: expected 1..256")
         self.chunk, self.segments, self.precision, self.kv = chunk, memory.SEGMENTS, precision, kv
-        matrices = plan(checkpoint, quantize)
+        matrices, terms = plan(checkpoint, quantize), terms_of(precision)
         self.context = self._context(context, sum(m.bytes for m in matrices.values()))
         if not force:
             shapes = [(m.format, m.rows, m.cols) for m in matrices.values()]
             memory.check(checkpoint.path.name, c, shapes, self.context, kv, self.threads)
-        formats = {name: m.format for name, m in matrices.items()}
-
-        def terms(fmt: str, matrix: str) -> int:
-            return 0 if PANELS[fmt].is_float else PRECISION[precision][matrix]
-
-        def matmul(fmt: str, n: int) -> str:
-            return f"matmul_{fmt}_{MODES[n]}"
-
-        names = [forward, "classify", "team_rouse", "team_run", "worker_loop"]
-        names.append(f"row_{formats['token_embd.weight']}")
-        names += sorted({matmul(m.format, terms(m.format, kind_of(name))) for name, m in matrices.items()})
+        names = [*kernel_names(matrices, precision, kv), "team_rouse", "team_run", "worker_loop"]
         try:
             self.tier = choose()
             code = kernels.addresses(
@@ -101,10 +127,10 @@ class Llama:
         except (kernels.BuildError, RuntimeError) as error:
             raise KernelError(f"{error} (see `smolrun warmup -v`)") from error
         self.weights = Weights(
-            c, checkpoint, matrices, lambda f, n: code[matmul(f, n)], terms, self.threads,
+            c, checkpoint, matrices, lambda f, n: code[matmul_name(f, n)], terms, self.threads,
             (lambda done, all_: progress("load", done, all_)) if progress else None,
         )  # fmt: skip
-        self.formats = sorted(set(formats.values()))
+        self.formats = sorted({m.format for m in matrices.values()})
         self.cache = KVCache(memory.page_bytes(c, kv), self.context)
         self._theta = c.rope_theta
         self._rope_filled = 0
@@ -114,13 +140,12 @@ class Llama:
         self._logit_rows = min(memory.LOGIT_ROWS, chunk)
         self._span_bytes = 4 * c.n_heads * PART
         self._arena = memory.Arena(sizes, huge=False)  # most of it is for long prompts
-        code["forward"] = code[forward]
-        self._jobs = {job: code[job] for job in ("forward", "classify")}
+        self._jobs = {"forward": code[names[0]], "classify": code["classify"]}
         self._own_team = team is None
         self._team: Team | None = (
             Team(code, self.threads, ours.cpus if self.threads <= ours.count else ()) if team is None else team
         )
-        self.block = self._fill(code, sizes)
+        self.block = self._fill(code[names[2]], sizes)
         self._block_address = self.block.ctypes.data  # asking NumPy for it costs 3 us
 
     def _context(self, wanted: int | None, weights: int) -> int:
@@ -131,31 +156,18 @@ class Llama:
             raise OptionError(f"context={wanted}: expected 1..{limit:,}, the positions this model was trained for")
         return wanted
 
-    def _fill(self, code: dict[str, int], sizes: dict[str, int]) -> NDArray[np.int64]:
-        c = self.config
-        key_bytes, value_bytes = memory.head_bytes(self.kv)
-        embed = "row_" + next(n for n in code if n.startswith("row_")).removeprefix("row_")
-        values: dict[str, int] = {
+    def _fill(self, embed_row: int, sizes: dict[str, int]) -> NDArray[np.int64]:
+        tables = self.weights.tables
+        values = shape_words(self.config, self.kv) | {
             "threads": self.threads,
-            "dim": c.dim,
-            "hidden_dim": c.hidden_dim,
-            "n_layers": c.n_layers,
-            "n_heads": c.n_heads,
-            "n_kv_heads": c.n_kv_heads,
-            "eps": f32_bits(c.norm_eps),
             "tile_f32": token_tile(self.tier, 0),
             "tile_1": token_tile(self.tier, 1),
             "tile_2": token_tile(self.tier, 2),
-            "max_k": max(c.dim, c.hidden_dim, c.q_dim),
-            "scratch_bytes": sizes["scratch"] // self.threads,
-            "head_bytes": key_bytes + value_bytes,
-            "layer_bytes": c.n_kv_heads * (key_bytes + value_bytes),
-            "value_offset": key_bytes,
-            "layers": self.weights.layers.ctypes.data,
-            "final_norm": self.weights.final_norm,
-            "embed_row": code[embed],
-            "embed": self.weights.embed.ctypes.data,
-            "head": self.weights.head.ctypes.data,
+            "layers": tables.layers.ctypes.data,
+            "final_norm": tables.final_norm,
+            "embed_row": embed_row,
+            "embed": tables.embed.ctypes.data,
+            "head": tables.head.ctypes.data,
         }
         values |= {name: self._arena.address(name) for name in sizes}
         block: NDArray[np.int64] = np.zeros(B.size, np.int64)
@@ -243,7 +255,7 @@ class Llama:
         c = self.config
         states = np.ascontiguousarray(hidden, np.float32).reshape(-1, c.dim)
         out = np.empty((len(states), c.vocab_size), np.float32)
-        width = ROWS * int(self.weights.head[2])
+        width = ROWS * int(self.weights.tables.head[2])
         for first in range(0, len(states), self._logit_rows):
             part = states[first : first + self._logit_rows]
             self._array("out")[: part.size] = part.reshape(-1)

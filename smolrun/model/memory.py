@@ -19,6 +19,7 @@ import mmap
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +91,9 @@ def page_bytes(config: ModelConfig, kv: str) -> int:
     return int(config.n_layers * config.n_kv_heads * sum(head_bytes(kv)))
 
 
-def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, context: int) -> dict[str, int]:
+def buffer_sizes(
+    config: ModelConfig, *, chunk: int, terms: int, threads: int, context: int, segments: int = SEGMENTS
+) -> dict[str, int]:
     """Bytes of each buffer of a forward pass; keys are words of the argument block."""
     c, f = config, 4
     widest = max(c.dim, c.hidden_dim, c.q_dim)
@@ -104,8 +107,8 @@ def buffer_sizes(config: ModelConfig, *, chunk: int, terms: int, threads: int, c
         "up": f * chunk * c.hidden_dim,
         "act": chunk * (widest // BLOCK) * record_bytes(terms),
         "act_f32": f * chunk * widest,
-        "segments": 8 * SEGMENTS * S.size,
-        "parts": f * SEGMENTS * spans * c.n_heads * PART,
+        "segments": 8 * segments * S.size,
+        "parts": f * segments * spans * c.n_heads * PART,
         "scratch": threads * scratch_bytes(widest),
         "counters": LINE * (2 + c.n_layers * PHASES),
         "rope": f * HEAD_DIM * context,
@@ -227,6 +230,12 @@ def rounded(sizes: Mapping[str, int]) -> int:
     return sum(-(-size // 64) * 64 for size in sizes.values())
 
 
+def offsets(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Where the arrays of an arena begin."""
+    ends = accumulate((-(-size // 64) * 64 for size in sizes.values()), initial=0)
+    return dict(zip(sizes, ends, strict=False))
+
+
 class Arena:
     """Zeroed memory for several arrays, page by page only when touched."""
 
@@ -239,11 +248,9 @@ class Arena:
         """
         self._memory = mapped or self._anonymous(max(rounded(sizes), 64), huge)
         self.whole: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8, rounded(sizes), offset)
-        self.arrays: dict[str, NDArray[np.uint8]] = {}
-        first = 0
-        for name, size in sizes.items():
-            self.arrays[name] = self.whole[first : first + size]
-            first += -(-size // 64) * 64
+        self.arrays: dict[str, NDArray[np.uint8]] = {
+            name: self.whole[first : first + sizes[name]] for name, first in offsets(sizes).items()
+        }
 
     @staticmethod
     def _anonymous(total: int, huge: bool) -> mmap.mmap:

@@ -145,6 +145,56 @@ def panels(
     return arena
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What the kernels read of the weights.
+
+    Attributes:
+        layers: L words of each layer.
+        embed, head: W words of two matrices, of one if they are tied.
+        final_norm: where the last norm is.
+    """
+
+    layers: NDArray[np.int64]
+    embed: NDArray[np.int64]
+    head: NDArray[np.int64]
+    final_norm: int
+
+
+def tables(
+    config: ModelConfig,
+    matrices: Mapping[str, Matrix],
+    address: Callable[[str], int],
+    kernel: Callable[[str, int], int],
+    terms: Callable[[str, str], int],
+    threads: int,
+) -> Tables:
+    """The tables of a model; arguments as those of `Weights`.
+
+    address: name of an array -> where it is.
+    """
+
+    def entry(name: str, kind: str) -> list[int]:
+        m = matrices[name]
+        t = terms(m.format, kind)
+        groups, blocks = -(-m.rows // ROWS), m.cols // BLOCK
+        step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (4 * threads))))
+        values = {"matmul": kernel(m.format, t), "panel": address(name), "groups": groups, "blocks": blocks}
+        values |= {"step": step, "terms": t}
+        return [values[field] for field in W._fields[:-1]]
+
+    layers: NDArray[np.int64] = np.zeros((config.n_layers, L.size), np.int64)
+    for i, row in enumerate(layers):
+        row[LAYER.attn_norm // 8] = address(f"blk.{i}.attn_norm.weight")
+        row[LAYER.ffn_norm // 8] = address(f"blk.{i}.ffn_norm.weight")
+        for m in MATRICES:
+            first = getattr(LAYER, m) // 8
+            row[first : first + W.size] = entry(f"blk.{i}.{TENSOR[m]}.weight", m)
+    embed: NDArray[np.int64] = np.array(entry("token_embd.weight", "head"), np.int64)
+    head = "output.weight" if "output.weight" in matrices else "token_embd.weight"
+    return Tables(layers, embed, np.array(entry(head, "head"), np.int64), address("output_norm.weight"))
+
+
 class Weights:
     """Panels of all matrices, from the cache or packed now, and the kernels' table of layers.
 
@@ -168,26 +218,5 @@ class Weights:
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         self.bytes = sum(m.bytes for m in matrices.values())
-        arena = panels(checkpoint, matrices, progress)
-        self._arena = arena
-
-        def entry(name: str, kind: str) -> list[int]:
-            m = matrices[name]
-            t = terms(m.format, kind)
-            groups, blocks = -(-m.rows // ROWS), m.cols // BLOCK
-            step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (4 * threads))))
-            values = {"matmul": kernel(m.format, t), "panel": arena.address(name), "groups": groups, "blocks": blocks}
-            values |= {"step": step, "terms": t}
-            return [values[field] for field in W._fields[:-1]]
-
-        self.layers: NDArray[np.int64] = np.zeros((config.n_layers, L.size), np.int64)
-        for i, row in enumerate(self.layers):
-            row[LAYER.attn_norm // 8] = arena.address(f"blk.{i}.attn_norm.weight")
-            row[LAYER.ffn_norm // 8] = arena.address(f"blk.{i}.ffn_norm.weight")
-            for m in MATRICES:
-                first = getattr(LAYER, m) // 8
-                row[first : first + W.size] = entry(f"blk.{i}.{TENSOR[m]}.weight", m)
-        self.final_norm = arena.address("output_norm.weight")
-        self.embed: NDArray[np.int64] = np.array(entry("token_embd.weight", "head"), np.int64)
-        head = "output.weight" if "output.weight" in matrices else "token_embd.weight"
-        self.head: NDArray[np.int64] = np.array(entry(head, "head"), np.int64)
+        self._arena = arena = panels(checkpoint, matrices, progress)
+        self.tables = tables(config, matrices, arena.address, kernel, terms, threads)
