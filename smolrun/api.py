@@ -120,7 +120,7 @@ def load(
         opened.callback(model.close)
         guesser = None
         if draft is not None:
-            guesser = _load_draft(opened, resolve(draft, offline=offline), model, tokenizer, kv, force, progress)
+            guesser = load_draft(opened, resolve(draft, offline=offline), model, tokenizer, kv, force, progress)
         speculator = None
         if guesser is not None or speculate is not None:
             speculator = Speculator(lookup=speculate == "lookup", draft=guesser, clock=time.perf_counter)
@@ -142,7 +142,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _load_draft(
+def load_draft(
     opened: ExitStack,
     path: Path,
     model: Llama,
@@ -151,7 +151,7 @@ def _load_draft(
     force: bool,
     progress: Callable[[str, int, int], object] | None,
 ) -> Llama:
-    """The draft of a model: it runs on the model's threads, and never while the model runs."""
+    """The draft of a model: it runs on the model's threads, and never while the model runs. `opened` closes it."""
     checkpoint = opened.enter_context(open_checkpoint(path))
     other = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
     if other.vocab_size != tokenizer.vocab_size:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from smolrun.kernels import load, target
 from smolrun.kernels.block import PAGE
 from smolrun.kernels.panels import ROWS
 from smolrun.model.llama import Llama
-from smolrun.model.machine import available_cores
+from smolrun.model.machine import HERE, available_cores
 from smolrun.model.memory import SEGMENTS, Arena, page_bytes
 from smolrun.peer import Peer
 from smolrun.text.tokenizer import Tokenizer
@@ -135,6 +135,7 @@ class Report:
         first_token: seconds from the start of a fresh process to its first token, median.
         peak_memory: VmHWM of that process after COLD_TOKENS tokens in a context of COLD_CONTEXT, bytes; 0 if not known.
         bandwidth: threads -> measured read bandwidth, bytes per second.
+        device: where it was measured.
     """
 
     model: str
@@ -148,10 +149,11 @@ class Report:
     peak_memory: int
     bandwidth: dict[int, float]
     rows: tuple[Row, ...]
+    device: dict[str, str] = field(default_factory=HERE.describe)
 
     def to_json(self) -> str:
         """Everything, each sample included."""
-        document = asdict(self)
+        document = {"kind": "speed", **asdict(self)}
         document["rows"] = [{**row.figures(), "samples": row.samples, "peer_samples": row.peer} for row in self.rows]
         return json.dumps(document, indent=2)
 

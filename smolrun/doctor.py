@@ -28,13 +28,6 @@ COMPILER = ("numba", "llvmlite")  # not needed where the kernels are compiled al
 OPTIONAL = {"llama_cpp_python": "llama_cpp"}  # for verify and bench --compare
 CONTEXT = 2048  # positions that the default model should have room for
 HOT = 85.0  # degrees Celsius: most boards slow down there
-PARTS = {  # ARM's "CPU part" in /proc/cpuinfo
-    0xD03: "Cortex-A53", 0xD04: "Cortex-A35", 0xD05: "Cortex-A55", 0xD08: "Cortex-A72", 0xD09: "Cortex-A73",
-    0xD0A: "Cortex-A75", 0xD0B: "Cortex-A76", 0xD0C: "Neoverse-N1", 0xD0D: "Cortex-A77", 0xD40: "Neoverse-V1",
-    0xD41: "Cortex-A78", 0xD44: "Cortex-X1", 0xD46: "Cortex-A510", 0xD47: "Cortex-A710", 0xD48: "Cortex-X2",
-    0xD49: "Neoverse-N2", 0xD4D: "Cortex-A715", 0xD4E: "Cortex-X3", 0xD4F: "Neoverse-V2", 0xD80: "Cortex-A520",
-    0xD81: "Cortex-A720", 0xD82: "Cortex-X4",
-}  # fmt: skip
 UNUSED = {  # Linux's names of what would matter to a matmul, and why no tier uses it
     "avx512_bf16": "vdpbf16ps rounds and flushes as no other instruction does: other bits",
     "avx512_fp16": "sums in f16 are other bits",
@@ -103,7 +96,7 @@ def _system(here: Machine) -> dict[str, Any]:
         "executable": sys.executable or None,
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "libc": " ".join(platform.libc_ver()) or None,
-        "device": here.read("proc/device-tree/model").strip("\0") or here.read("sys/class/dmi/id/product_name") or None,
+        "device": here.name() or None,
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SMOLRUN_")} or None,
     }
     return {name: value for name, value in facts.items() if value is not None}
@@ -116,12 +109,8 @@ def _features(here: Machine) -> set[str]:
 
 
 def _cpu(here: Machine) -> dict[str, Any]:
-    text, cpus = here.read("proc/cpuinfo"), here.cpus()
-    names = list(dict.fromkeys(re.findall(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)))
-    if not names:
-        parts = dict.fromkeys(int(part, 16) for part in re.findall(r"^CPU part\s*:\s*(\w+)$", text, re.MULTILINE))
-        names = [PARTS.get(part, f"ARM part {part:#x}") for part in parts]
-    facts: dict[str, Any] = {"name": " + ".join(names) or platform.processor() or platform.machine()}
+    cpus = here.cpus()
+    facts: dict[str, Any] = {"name": here.processor() or platform.processor() or platform.machine()}
     facts["usable"] = len(cpus)
     facts["physical_cores"] = len({cpu.core for cpu in cpus})
     unused = {name: why for name, why in UNUSED.items() if name in _features(here)}

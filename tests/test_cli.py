@@ -188,7 +188,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict
         calls.append((arguments, options))
         return _Report()
 
-    for name in ("smolrun.bench", "smolrun.verify"):
+    for name in ("smolrun.bench", "smolrun.verify", "smolrun.measure.speculation", "smolrun.measure.sustained"):
         module = types.ModuleType(name)
         module.run = fake  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
@@ -214,6 +214,20 @@ def test_bench_options(run: Run, reports: list[Any], model_file: str, tmp_path: 
     assert run("bench", model_file, "--format", "json")[1] == "json\n"
     assert run("bench", model_file, "--format", "csv", "-o", str(tmp_path / "o"))[1] == ""
     assert (tmp_path / "o").read_text() == "csv\n"
+    assert run("bench", model_file, "--sustained", "60", "-t", "2", "--kv", "q8_0")[1] == "table\n"
+    assert {name: value for name, value in reports[-1][1].items() if name != "progress"} == {
+        "duration": 60.0,
+        "threads": 2,
+        "kv": "q8_0",
+    }
+    assert run("bench", model_file, "--speculate", "lookup", "--draft", model_file, "-r", "2")[1] == "table\n"
+    assert {name: value for name, value in reports[-1][1].items() if name != "progress"} == {
+        "speculate": "lookup",
+        "draft": Path(model_file),
+        "repeats": 2,
+    }
+    for wrong in ("--sustained 5 --speculate lookup", "--sustained 5 -p 64", "--speculate lookup -t 1,2"):
+        assert run("bench", model_file, *wrong.split())[0] == 2
     code, _, err = run("bench", model_file, "-p", "many")
     assert code == 2 and "whole numbers between commas" in err
 

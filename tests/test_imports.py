@@ -21,6 +21,7 @@ RANKS = [
     ["smolrun.peer"],
     ["smolrun.verify"],
     ["smolrun.bench", "smolrun.doctor", "smolrun.quantize", "smolrun.train"],
+    ["smolrun.measure"],
     ["smolrun.cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}

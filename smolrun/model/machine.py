@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -18,6 +19,13 @@ from pathlib import Path
 # A core belongs to the fast ones from this share of the fastest's speed on. Capacities know the kind of the core (a
 # Cortex-A510 beside an X3: 0.3; the A715 between them 0.8), clocks do not (an A55 of 1.8 GHz, an A76 of 2.4: 0.75)
 FAST_CAPACITY, FAST_CLOCK = 0.5, 0.8
+PARTS = {  # ARM's "CPU part" in /proc/cpuinfo
+    0xD03: "Cortex-A53", 0xD04: "Cortex-A35", 0xD05: "Cortex-A55", 0xD08: "Cortex-A72", 0xD09: "Cortex-A73",
+    0xD0A: "Cortex-A75", 0xD0B: "Cortex-A76", 0xD0C: "Neoverse-N1", 0xD0D: "Cortex-A77", 0xD40: "Neoverse-V1",
+    0xD41: "Cortex-A78", 0xD44: "Cortex-X1", 0xD46: "Cortex-A510", 0xD47: "Cortex-A710", 0xD48: "Cortex-X2",
+    0xD49: "Neoverse-N2", 0xD4D: "Cortex-A715", 0xD4E: "Cortex-X3", 0xD4F: "Neoverse-V2", 0xD80: "Cortex-A520",
+    0xD81: "Cortex-A720", 0xD82: "Cortex-X4",
+}  # fmt: skip
 HOT = re.compile(r"cpu|soc|pkg|core|k10temp|zenpower|acpitz", re.IGNORECASE)  # sensors that stand for the CPU
 
 
@@ -87,6 +95,24 @@ class Machine:
             parts = [part for part in path.split("/") if part not in ("", "..")]
             for end in range(len(parts), -1, -1):
                 yield "/".join([top, *parts[:end]])
+
+    def name(self) -> str:
+        """The device, as its firmware calls it; "" where it does not."""
+        return self.read("proc/device-tree/model").strip("\0") or self.read("sys/class/dmi/id/product_name")
+
+    def processor(self) -> str:
+        """The kinds of core; "" where the system does not say."""
+        text = self.read("proc/cpuinfo")
+        names = list(dict.fromkeys(re.findall(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)))
+        if not names:
+            parts = dict.fromkeys(int(part, 16) for part in re.findall(r"^CPU part\s*:\s*(\w+)$", text, re.MULTILINE))
+            names = [PARTS.get(part, f"ARM part {part:#x}") for part in parts]
+        return " + ".join(names)
+
+    def describe(self) -> dict[str, str]:
+        """What a result of a measurement says of where it was taken."""
+        system = f"{platform.system()} {platform.release()}, {platform.machine()}"
+        return {"name": self.name(), "cpu": self.processor() or platform.processor(), "system": system}
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 

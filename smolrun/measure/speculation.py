@@ -1,0 +1,221 @@
+"""What guessing is worth: the same answers with and without speculation, in turns, on prompts as people write them.
+
+The gain depends on the text: an answer that quotes (a rewrite, edited code) is guessed well, an explanation is not, so
+prompts of both kinds are measured and each has its row. Timed is what follows the first token; a draft model has read
+the prompt by then. Both ways must give the same ids.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smolrun.api import load_draft
+from smolrun.errors import OptionError, SmolrunError
+from smolrun.files.checkpoint import open_checkpoint
+from smolrun.generate.engine import Model, generate_ids
+from smolrun.generate.sampler import Sampling
+from smolrun.generate.speculate import Speculator
+from smolrun.kernels import target
+from smolrun.model.llama import Llama
+from smolrun.model.machine import HERE
+from smolrun.text.template import ChatTemplate
+from smolrun.text.tokenizer import Tokenizer
+from smolrun.verify import sample_text, weight_format
+
+CONTEXT = 2048
+_REWRITE = (
+    "Rewrite the message below to make it more friendly while keeping its main points. Return only the message.\n\n"
+    "Hi Bob, the report you sent yesterday is missing the sales figures for March and the chart on page 4 is wrong. "
+    "Send me a corrected version by Friday noon, otherwise the board cannot discuss it on Monday."
+)
+_CODE = (
+    "Rename the variable `config` to `settings` and show the whole function:\n```python\ndef read_config(path):\n"
+    "    with open(path) as file:\n        lines = file.readlines()\n    config = {}\n    for line in lines:\n"
+    "        if line.startswith('#'):\n            continue\n        key, value = line.split('=')\n"
+    "        config[key.strip()] = value.strip()\n    return config\n```"
+)
+
+
+def prompts() -> dict[str, str]:
+    """Name -> what a user asks."""
+    prose = sample_text().split("\n\n")
+    return {
+        "why": "Why do leaves change colour in autumn?",
+        "tips": "Give me five tips for learning to swim.",
+        "explain": "Explain what gravity is and why it matters.",
+        "summarise": "Summarise the text below in three sentences.\n\n" + "\n\n".join(prose[:3]),
+        "rewrite": _REWRITE,
+        "edit code": _CODE,
+        "quote": "Repeat the text below word by word.\n\n" + prose[0],
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: tokens per second of each turn, plain and guessed; ids guessed and right in the last turn."""
+
+    test: str
+    tokens: int
+    plain: tuple[float, ...]
+    guessed: tuple[float, ...]
+    guesses: int
+    right: int
+
+    def figures(self) -> dict[str, Any]:
+        """One flat line for table, CSV and JSON."""
+        plain, guessed = statistics.median(self.plain), statistics.median(self.guessed)
+        return {
+            "test": self.test,
+            "tokens": self.tokens,
+            "plain_tokens_per_s": round(plain, 2),
+            "tokens_per_s": round(guessed, 2),
+            "ratio": round(guessed / plain, 3),
+            "guesses": self.guesses,
+            "accepted": round(self.right / self.guesses, 3) if self.guesses else None,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All prompts of a model.
+
+    Attributes:
+        how: "lookup", "draft NAME" or both.
+    """
+
+    model: str
+    weight_format: str
+    tier: str
+    threads: int
+    how: str
+    rows: tuple[Row, ...]
+    device: dict[str, str] = field(default_factory=HERE.describe)
+
+    @property
+    def ratio(self) -> float:
+        """Seconds of all answers without guessing, by those with."""
+        plain, guessed = (
+            sum(row.tokens / statistics.median(getattr(row, way)) for row in self.rows) for way in ("plain", "guessed")
+        )
+        return float(plain / guessed)
+
+    def to_json(self) -> str:
+        """Everything, each sample included."""
+        rows = [{**row.figures(), "samples": row.guessed, "plain_samples": row.plain} for row in self.rows]
+        return json.dumps(
+            {"kind": "speculation", **asdict(self), "rows": rows, "ratio": round(self.ratio, 3)}, indent=2
+        )
+
+    def to_csv(self) -> str:
+        """A line for each row."""
+        text = io.StringIO()
+        lines = [{"model": self.model, "tier": self.tier, "how": self.how, **row.figures()} for row in self.rows]
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return text.getvalue().rstrip("\n")
+
+    def table(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.model}: mostly {self.weight_format}, CPU tier {self.tier}, {self.threads} threads, guesses by "
+            f"{self.how}; the same ids with and without",
+            f"{'prompt':>10}{'tokens':>8}{'plain/s':>10}{'guessing/s':>12}{'ratio':>8}{'guessed':>9}{'right':>7}",
+        ]
+        for f in (row.figures() for row in self.rows):
+            right = "" if f["accepted"] is None else f"{f['accepted']:.0%}"
+            line = f"{f['test']:>10}{f['tokens']:>8}{f['plain_tokens_per_s']:>10,.1f}{f['tokens_per_s']:>12,.1f}"
+            lines.append((line + f"{f['ratio']:>7.2f}x{f['guesses']:>9}{right:>7}").rstrip())
+        return "\n".join([*lines, f"{'all':>10}{'':>30}{self.ratio:>7.2f}x"])
+
+
+def run(
+    path: Path,
+    *,
+    speculate: str | None = None,
+    draft: Path | None = None,
+    tokens: int = 128,
+    repeats: int = 3,
+    threads: int | None = None,
+    quantize: str | None = None,
+    kv: str = "f16",
+    precision: str = "fast",
+    force: bool = False,
+    progress: Callable[[str], object] = lambda _: None,
+) -> Report:
+    """Measures guessing.
+
+    Args:
+        path: a GGUF file or a checkpoint folder.
+        speculate, draft: as for smolrun.load, one of them at least.
+        tokens: of each answer at most.
+        repeats: turns of each prompt, after one that is thrown away.
+        threads, quantize, kv, precision, force: as for smolrun.load.
+        progress: gets a line for every prompt.
+
+    Raises:
+        OptionError: nothing to guess with, or a draft of another vocabulary.
+        SmolrunError: guessing changed an answer.
+    """
+    if speculate is None and draft is None:
+        raise OptionError("nothing guesses: give speculate='lookup' or a draft model")
+    if repeats < 1 or tokens < 2:
+        raise OptionError(f"{repeats} repeats of {tokens} tokens: at least 1 of 2 expected")
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(path))
+        tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
+        template = ChatTemplate(checkpoint.chat_template, tokenizer) if checkpoint.chat_template else None
+        context = min(CONTEXT, checkpoint.config.max_positions)
+        options: dict[str, Any] = {"quantize": quantize, "kv": kv, "precision": precision, "force": force}
+        model = Llama(checkpoint, context=context, threads=threads, **options)
+        opened.callback(model.close)
+        guesser = None if draft is None else load_draft(opened, draft, model, tokenizer, kv, force, None)
+        speculator = Speculator(lookup=speculate is not None, draft=guesser, clock=time.perf_counter)
+        rows = []
+        for name, text in prompts().items():
+            ids = template.encode([{"role": "user", "content": text}])[0] if template else tokenizer.encode(text)
+            if len(ids) + tokens > context:
+                continue
+            progress(name)
+            rows.append(measure(model, speculator, name, ids, tokens, repeats, tokenizer.eos_ids))
+        if not rows:
+            raise OptionError(f"a context of {context:,} has no room for a prompt and {tokens} tokens")
+        how = [*(["lookup"] if speculate else []), *([f"draft {draft.name}"] if draft else [])]
+        form = weight_format(checkpoint)
+        return Report(path.name, form, target.choose().name, model.threads, " and ".join(how), tuple(rows))
+
+
+def measure(
+    model: Model, speculator: Speculator, name: str, ids: Sequence[int], tokens: int, repeats: int, ends: Sequence[int]
+) -> Row:
+    """One prompt, with and without guesses in turns."""
+    sampling = Sampling(seed=1)  # as a user has it; the seed fixes what is drawn
+    samples: dict[bool, list[float]] = {False: [], True: []}
+    answers: dict[bool, list[int]] = {}
+    for _ in range(repeats + 1):
+        for guessing in (False, True):
+            speculation = speculator.begin(sampling, len(ids)) if guessing else None
+            steps = generate_ids(
+                model, ids, max_tokens=tokens, sampling=sampling, stop_ids=ends, speculation=speculation
+            )
+            found = [next(steps).id]
+            begin = time.perf_counter()
+            found += [step.id for step in steps]
+            seconds = time.perf_counter() - begin
+            answers[guessing] = [id for id in found if id is not None]
+            samples[guessing].append(max(len(found) - 1, 1) / seconds)
+            if speculation is not None:
+                last = speculation
+        if answers[False] != answers[True]:
+            raise SmolrunError(f"{name}: guessing changed the answer, please report this as a bug")
+    count = len(answers[True])
+    return Row(name, count, tuple(samples[False][1:]), tuple(samples[True][1:]), last.guessed, last.accepted)
