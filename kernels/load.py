@@ -366,6 +366,11 @@ def addresses(tier: Tier, names: Iterable[str], progress: Progress | None = None
         BuildError: compilation failed, or the system executes neither files nor memory of ours.
     """
     wanted = list(dict.fromkeys(names))
+    if getattr(sys, "frozen", False):
+        raise BuildError(
+            "a frozen program cannot compile kernels: its sys.executable is no Python but itself. "
+            "Freeze a bundle made by `smolrun compile`, which has its kernels (packaging/pyinstaller.spec)"
+        )
     with _LOCK:
         loaded = _loaded(tier)
         try:

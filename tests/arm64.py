@@ -188,12 +188,13 @@ class Emulated:
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder, self.python = folder, environment(*PACKAGES)
-        self.variables = {"PYTHONPATH": f"{folder}:{REPOSITORY / 'tests'}", "SMOLRUN_CACHE_DIR": str(cache)}
+        self.variables = {"PYTHONPATH": f"{folder}:{REPOSITORY / 'tests'}"}
+        self.variables |= dict.fromkeys(("SMOLRUN_CACHE_DIR", "SMOLRUN_TEST_CACHE"), str(cache))
         package(folder)
 
     def start(self, cpu: str, *arguments: str | Path, tier: str = "", **variables: str) -> subprocess.Popen[str]:
         """A Python on a CPU of qemu's, its output kept."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("SMOLRUN_", "PYTHON"))}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("SMOLRUN_", "PYTHON", "XDG_"))}
         environment |= self.variables | variables | {"QEMU_CPU": cpu, "SMOLRUN_TIER": tier}
         return subprocess.Popen(
             [self.python, *arguments], env=environment, cwd=REPOSITORY, text=True, stdin=subprocess.DEVNULL,

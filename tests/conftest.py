@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -39,8 +40,17 @@ def as_elsewhere(result: np.ndarray) -> None:
     assert not EXPECTED or FOUND[name] == EXPECTED[name], "these are not the bits of the other machine"
 
 
+def trap(config: pytest.Config) -> Path:
+    """What a child of the tests takes for the user's own cache if it has lost sight of SMOLRUN_CACHE_DIR."""
+    return Path(config.cache.mkdir("user")) / "smolrun"
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the file of --bits, when all is found."""
+    """Fail if a test wrote to the user's cache; write the file of --bits, when all is found."""
+    if trap(session.config).exists():
+        written = [str(path) for path in trap(session.config).rglob("*") if path.is_file()]
+        session.config.get_terminal_writer().line(f"\na test wrote to the user's own cache: {written}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     path = session.config.getoption("bits")
     if path and not EXPECTED and not session.testsfailed:
         part = path.with_suffix(".part")
@@ -49,9 +59,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The user's own cache is neither used nor filled; children of the tests inherit it."""
-    os.environ.setdefault("SMOLRUN_CACHE_DIR", str(config.cache.mkdir("kernels")))
-    os.environ.setdefault("SMOLRUN_CACHE_SIZE", "500M")
+    """The user's own cache is neither used nor filled, wherever it is; children of the tests inherit that."""
+    os.environ["SMOLRUN_CACHE_DIR"] = os.environ.get("SMOLRUN_TEST_CACHE") or str(config.cache.mkdir("kernels"))
+    os.environ["SMOLRUN_CACHE_SIZE"] = "500M"
+    shutil.rmtree(trap(config), ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = str(trap(config).parent)
     path = config.getoption("bits")
     if path and path.exists():
         EXPECTED.update(json.loads(path.read_text()))

@@ -355,3 +355,10 @@ def test_arm_tiers_are_what_the_auxiliary_vector_says(
         with pytest.raises(RuntimeError, match=f"{name}.*lacks; this CPU runs: {', '.join(tiers)}"):
             choose()
     target.host_features.cache_clear()
+
+
+def test_a_frozen_program_says_that_it_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyInstaller's programs: sys.executable is no Python, and the sources that name the cache are not there."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(load.BuildError, match=r"frozen program cannot compile.*smolrun compile"):
+        load.addresses(choose(), [NAME])

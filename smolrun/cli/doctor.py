@@ -41,7 +41,9 @@ _WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False} 
 _SAYS: dict[str, Callable[[Any], str]] = {
     "available": size,
     "compiled": lambda found: f"{found['count']} kernels of this version, {size(found['bytes'])}",
-    "weights": lambda found: f"{found['count']} files, {size(found['bytes'])} of at most {size(found['limit'])}",
+    "weights": lambda found: (
+        f"{found['count']} file{'s' * (found['count'] != 1)}, {size(found['bytes'])} of at most {size(found['limit'])}"
+    ),
     "needs": lambda found: f"{size(found['bytes'])} with a context of {found['context']:,}",
     "temperature": lambda found: f"{found:.0f} degrees Celsius",
     "hertz": lambda found: f"{found / 1e9:.2f} GHz now",
@@ -56,10 +58,8 @@ def _table(report: Report) -> str:
         for name, value in facts.items():
             indent = " " * (_NAME + 4)
             head = f"  {name.replace('_', ' '):{_NAME}}  "
-            wrapped = [
-                textwrap.wrap(part, width - _NAME - 4, break_on_hyphens=False) or [""] for part in _say(name, value)
-            ]
-            rows = [row for part in wrapped for row in part]
+            texts = [textwrap.wrap(part, width - len(indent), **_WHOLE) or [""] for part in _say(name, value)]
+            rows = [row for text in texts for row in text]
             lines += [head + rows[0], *(indent + row for row in rows[1:])]
     lines.append("")
     if not report.findings:
