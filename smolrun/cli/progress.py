@@ -16,6 +16,8 @@ _SAYS = {
     "quantize": "writing tensor",
     "compare": "comparing, window",
     "tokenize": "reading documents, byte",
+    "label": "reading labelled document",
+    "score": "scoring document",
     "vocabulary": "training the tokenizer",
 }
 

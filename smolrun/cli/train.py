@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from smolrun.cli import progress
-from smolrun.cli.options import verbose_option
+from smolrun.cli.options import LoadOptions, load_options, verbose_option
 from smolrun.cli.table import columns, size
 
 if TYPE_CHECKING:
+    from smolrun.train.rows import BadRow
     from smolrun.train.tasks import Plan
 
 _SAY_SECONDS = 10.0  # between two lines where there is no terminal
@@ -83,6 +84,76 @@ def check(config: Path, changes: tuple[str, ...]) -> None:
     with tasks.prepare(config, changes, **progress.loading()) as plan:
         _estimate(plan)
         click.echo("nothing amiss")
+
+
+@command.command("tokenizer")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
+@click.option("--vocab-size", type=int, default=4096, show_default=True, metavar="N", help="Tokens.")
+@click.option("--field", default="text", show_default=True, help="Of a row, the text.")
+@verbose_option
+def tokenizer(sources: tuple[str, ...], out: Path, vocab_size: int, field: str) -> None:
+    """Train a tokenizer like SmolLM2's (byte-level BPE) on files or folders of documents."""
+    from smolrun.train.data import texts
+    from smolrun.train.recipe import Source
+    from smolrun.train.vocabulary import train_vocabulary
+
+    bad: list[Any] = []
+    count = train_vocabulary(
+        (text for path in sources for text in texts(Source(path=path, field=field), bad)), vocab_size, out
+    )
+    _bad_rows(bad)
+    click.echo(f"{out}: {count:,} tokens")
+
+
+@command.command("filter")
+@click.argument("model")
+@click.argument("source")
+@click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--labelled", required=True, metavar="PATH", help="Documents with a number each, the higher the better.")
+@click.option("--keep", "share", type=float, default=0.1, show_default=True, metavar="SHARE", help="Of all documents.")
+@click.option("--field", default="text", show_default=True, help="Of a row, the text.")
+@click.option("--label", default="label", show_default=True, help="Of a labelled row, the number.")
+@click.option("--tokens", type=int, default=512, show_default=True, metavar="N", help="Of a document that are read.")
+@load_options("context", "kv", "speculate", "draft")
+@verbose_option
+def filter_(
+    model: str, source: str, target: Path, labelled: str, share: float, field: str, label: str, tokens: int,
+    load: LoadOptions,
+) -> None:  # fmt: skip
+    """Write the best documents of SOURCE to TARGET (JSON lines).
+
+    A classifier head is trained on the hidden states that MODEL has of the labelled documents; it scores the others.
+    """
+    from smolrun.files.checkpoint import open_checkpoint
+    from smolrun.model.llama import Llama
+    from smolrun.text.tokenizer import Tokenizer
+    from smolrun.train.filter import Reader, keep_best
+
+    shown = progress.loading()
+    with open_checkpoint(load.path(model)) as checkpoint:
+        vocabulary = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
+        context = min(tokens, checkpoint.config.max_positions)
+        llama = Llama(checkpoint, context=context, **load.settings, **shown)
+    try:
+        found = keep_best(
+            Reader(llama, vocabulary, tokens), source, labelled, target, share=share, field=field, label=label, **shown
+        )
+    finally:
+        llama.close()
+    _bad_rows(found.bad)
+    rows = [
+        ("kept", f"{found.kept:,} of {found.documents:,} documents, scores from {found.threshold:.3f}"),
+        ("head", f"correlation {found.head.correlation:.3f} with labels it had not seen"),
+    ]
+    click.echo(columns(rows))
+
+
+def _bad_rows(bad: Sequence[BadRow]) -> None:
+    for row in bad[:5]:
+        click.echo(f"! {row.where}: {row.problem}", err=True)
+    if len(bad) > 5:
+        click.echo(f"! {len(bad):,} rows cannot be used in all", err=True)
 
 
 def _estimate(plan: Plan) -> None:

@@ -170,6 +170,16 @@ def texts_of(path: Path, source: Source) -> Iterator[tuple[str, str] | BadRow]:
         yield text if isinstance(text, BadRow) else (row.where, text)
 
 
+def texts(source: Source, bad: list[BadRow]) -> Iterator[str]:
+    """The text of every document of a source; rows that are none go to `bad`."""
+    for path in files(source.path):
+        for row in texts_of(path, source):
+            if isinstance(row, BadRow):
+                bad.append(row)
+            else:
+                yield row[1]
+
+
 def _many(rows: Iterator[tuple[str, str] | BadRow], bad: list[BadRow]) -> Iterator[list[tuple[str, str]]]:
     texts = list[tuple[str, str]]()
     for row in rows:

@@ -29,12 +29,12 @@ from smolrun.kernels.panels import ROWS
 from smolrun.model import machine, memory
 from smolrun.train import plot
 from smolrun.train.adapters import LoRA
-from smolrun.train.data import Corpus, Progress, Vocabulary, read_tokenizer, texts_of
+from smolrun.train.data import Corpus, Progress, Vocabulary, read_tokenizer, texts
 from smolrun.train.model import Model, buffer_sizes
 from smolrun.train.optimiser import AdamW
 from smolrun.train.pretrain import Feed as Documents
 from smolrun.train.recipe import Pretrain, Recipe, read_recipe
-from smolrun.train.rows import BadRow, files
+from smolrun.train.rows import BadRow
 from smolrun.train.run import Facts, Feed, Loop, discard, identity_of
 from smolrun.train.trainer import Trainer
 from smolrun.train.vocabulary import train_vocabulary
@@ -281,17 +281,9 @@ def _tokenizer(recipe: Pretrain, progress: Progress | None) -> Path | None:
     if not (folder / "tokenizer.json").exists():
         if progress:
             progress("vocabulary", 0, 1)
-        train_vocabulary(
-            (
-                row[1]
-                for source in recipe.sources.values()
-                for path in files(source.path)
-                for row in texts_of(path, source)
-                if not isinstance(row, BadRow)
-            ),
-            recipe.tokenizer.vocab_size,
-            folder,
-        )
+        bad = list[BadRow]()  # the corpora report them
+        every = (text for source in recipe.sources.values() for text in texts(source, bad))
+        train_vocabulary(every, recipe.tokenizer.vocab_size, folder)
         if progress:
             progress("vocabulary", 1, 1)
     return folder

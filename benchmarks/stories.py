@@ -1,0 +1,112 @@
+"""A small Llama from scratch: trained, killed once, gone on with; its bits per byte, its words, its loops.
+
+python benchmarks/stories.py tinystories_sample.txt            # about 20 minutes on two cores
+python benchmarks/stories.py TEXT --set stages.0.tokens=100_000 ...
+
+The text has stories that end in <|endoftext|>. The process is killed (SIGKILL) halfway between two checkpoints; every
+step that is done twice must have the same loss, gradient norm and learning rate, to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import smolrun
+from smolrun.train.data import Corpus, Vocabulary, read_tokenizer
+from smolrun.train.recipe import Pretrain, read_recipe
+from smolrun.train.run import read_log
+
+RECIPE = Path(__file__).parents[1] / "examples" / "train" / "tinystories-5m.toml"
+TOKENS = 2000
+WORD = re.compile(r"[a-z']+")
+NEAR = 8  # words within which four words must not come again
+
+
+def curve(log: Path) -> list[dict[str, object]]:
+    """Lines of a log without the clock."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(log)]
+
+
+def train(arguments: list[str], log: Path, kill_at: int | None = None) -> None:
+    """A process that trains; killed once its log has so many steps."""
+    child = subprocess.Popen([sys.executable, "-m", "smolrun.cli", "train", "pretrain", *arguments])
+    while child.poll() is None:
+        time.sleep(0.2)
+        if kill_at is not None and log.exists() and log.read_bytes().count(b'"kind": "step"') >= kill_at:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            return
+    if child.returncode or kill_at is not None:
+        raise SystemExit(f"training ended with {child.returncode}")
+
+
+def write_stories(model: Path) -> tuple[str, int]:
+    """Stories from nothing, sampled, of so many tokens together."""
+    text, count, seed = "", 0, 0
+    with smolrun.load(model) as llm:
+        while count < TOKENS:
+            sampling = smolrun.Sampling(temperature=0.7, top_p=0.9, seed=seed)
+            told = llm.generate([0], max_tokens=min(400, TOKENS - count), sampling=sampling)
+            text, count, seed = f"{text}{told.text}\n\n", count + len(told.ids), seed + 1
+    return text, count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args()
+    changes = [f"sources.stories.path={given.text}", *given.set]
+    recipe = read_recipe(RECIPE, {"pretrain": Pretrain}, changes)
+    assert isinstance(recipe, Pretrain)
+    out, log = recipe.run.out, recipe.run.out / "log.jsonl"
+    arguments = [str(RECIPE), *(part for change in changes for part in ("--set", change))]
+    steps = sum(-(-stage.tokens // recipe.batch.tokens) for stage in recipe.stages)
+    kill_at = (steps // 2) // recipe.run.save_every * recipe.run.save_every + recipe.run.save_every // 2
+    began = time.perf_counter()
+    train([*arguments, "--fresh"], log, kill_at)
+    before = curve(log)
+    train(arguments, log)
+    minutes = (time.perf_counter() - began) / 60
+    after = curve(log)
+    twice = sum(line["step"] > kill_at - recipe.run.save_every // 2 for line in before)  # type: ignore[operator]
+    if after[: len(before)] != before:
+        raise SystemExit("what was done twice differs: the run did not go on with the same bits")
+
+    vocabulary = Vocabulary.of(read_tokenizer(out / "tokenizer"))
+    corpus = Corpus("stories", recipe.sources["stories"], vocabulary)
+    known = {
+        word
+        for i in corpus.learnt
+        for word in WORD.findall(vocabulary.tokenizer.decode(corpus.document(int(i))[1:-1].tolist()).lower())
+    }
+    stories, count = write_stories(out / "model")
+    (out / "stories.txt").write_text(stories, encoding="utf-8")
+    words = WORD.findall(stories.lower())
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    loops = [gram for i, gram in enumerate(grams) if gram in grams[i + 1 : i + 1 + NEAR]]
+    result = {
+        "minutes": round(minutes, 1),
+        "steps": steps,
+        "tokens": sum(stage.tokens for stage in recipe.stages),
+        "bits_per_byte": round(float(str(after[-1]["stories.bits_per_byte"])), 4),
+        "held_out_loss": round(float(str(after[-1]["loss"])), 4),
+        "killed_at_step": kill_at,
+        "lines_done_twice": twice,
+        "generated_tokens": count,
+        "known_words": round(sum(word in known for word in words) / len(words), 4),
+        "unknown": sorted({word for word in words if word not in known}),
+        "four_word_loops": len(loops),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
