@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from smolrun.cli.table import columns, size
 @verbose_option
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Show what is kept for quick starts: compiled kernels and packed weights.
+    """Show what is kept for quick starts: compiled kernels, packed weights, documents as ids (of `smolrun train`).
 
     `smolrun cache clear` deletes it; all of it is made again when it is needed. SMOLRUN_CACHE_DIR moves it,
     SMOLRUN_CACHE_SIZE bounds the packed weights.
@@ -28,7 +29,7 @@ def command(ctx: click.Context) -> None:
 
     current = {fingerprint(module) for module in {*MODULES.values(), "pointwise"}}
     kernels = dict[str, tuple[int, float]]()
-    for folder in _kernels():
+    for folder in _folders("kernels"):
         made_from, _, tier = folder.name.partition("-")
         state = tier if made_from in current else f"{tier}, of another version"
         count, used = kernels.get(state, (0, 0.0))
@@ -36,6 +37,7 @@ def command(ctx: click.Context) -> None:
     rows = [("kernels", count, used, state) for state, (count, used) in kernels.items()]
     for entry in packed.entries():
         rows.append(("weights", entry.bytes, entry.used, entry.model or "a fragment"))
+    rows += [("documents", _bytes(folder), folder.stat().st_mtime, _read_from(folder)) for folder in _folders("tokens")]
     total = sum(row[1] for row in rows)
     click.echo(f"{user_cache()}: {size(total)}, weights at most {size(packed.limit())}", err=True)
     if rows:
@@ -46,27 +48,37 @@ def command(ctx: click.Context) -> None:
 @command.command("clear")
 @click.option("--kernels", is_flag=True, help="Only the compiled kernels.")
 @click.option("--weights", is_flag=True, help="Only the packed weights.")
-def clear(kernels: bool, weights: bool) -> None:
-    """Delete compiled kernels and packed weights; running processes go on."""
+@click.option("--documents", is_flag=True, help="Only the documents of `smolrun train`.")
+def clear(kernels: bool, weights: bool, documents: bool) -> None:
+    """Delete compiled kernels, packed weights and documents; running processes go on."""
     from smolrun.model import packed
 
+    everything = not (kernels or weights or documents)
     freed = 0
-    if kernels or not weights:
-        for folder in _kernels():
+    for name, wanted in (("kernels", kernels), ("tokens", documents)):
+        for folder in _folders(name) if wanted or everything else ():
             freed += _bytes(folder)
             shutil.rmtree(folder)
-    if weights or not kernels:
+    if weights or everything:
         for entry in packed.entries():
             freed += entry.bytes
             entry.path.unlink(missing_ok=True)
     click.echo(f"{size(freed)} freed")
 
 
-def _kernels() -> list[Path]:
+def _folders(name: str) -> list[Path]:
     from smolrun.kernels.load import user_cache
 
-    folder = user_cache() / "kernels"
+    folder = user_cache() / name
     return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _read_from(folder: Path) -> str:
+    """The data file whose documents a folder holds."""
+    try:
+        return str(json.loads((folder / "about.json").read_text(encoding="utf-8"))["file"])
+    except (OSError, ValueError, KeyError):
+        return "a fragment"
 
 
 def _bytes(folder: Path) -> int:

@@ -141,7 +141,7 @@ class Loop:
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise OptionError(f"{folder}: a damaged checkpoint ({error}): delete it to go on from the last") from error
         for key in sorted(self.identity.keys() | state["identity"].keys()):
             mine, its = (json.dumps(facts.get(key)) for facts in (self.identity, state["identity"]))
