@@ -10,7 +10,7 @@ from smolrun.errors import OutOfMemory
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.model import machine
 from smolrun.model.llama import Llama
-from smolrun.model.machine import Machine, Room, vm_stat
+from smolrun.model.machine import Machine, Room, perflevels, vm_stat
 from tiny import make_tiny
 
 MEMINFO = "MemTotal:        3884032 kB\nMemFree:          120000 kB\nMemAvailable:    3400000 kB\n"
@@ -141,6 +141,12 @@ def test_the_quota_of_a_container(files: dict[str, str], count: int, tmp_path: P
 
 def test_threads_where_nothing_is_told(tmp_path: Path) -> None:
     assert Machine(tmp_path).threads().count == os.cpu_count()
+
+
+def test_cores_of_macos() -> None:
+    said = "hw.physicalcpu: 8\nhw.perflevel0.physicalcpu: 4\n"
+    assert perflevels(said) == machine.Threads(4, frozenset(), "the 4 fast of 8 physical cores")
+    assert perflevels("hw.physicalcpu: 4\n").count == 4 and perflevels("").count == os.cpu_count()
 
 
 def test_workers_stay_on_the_fast_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,8 @@ class Machine:
         Slow cores (LITTLE ones, Intel's E-cores) are left out: all threads of a phase wait for its last item, and what
         a slow core has begun takes it several times as long.
         """
+        if self.root == Path("/") and sys.platform == "darwin":
+            return perflevels(_said("sysctl", "hw.physicalcpu", "hw.perflevel0.physicalcpu"))
         cpus = self.cpus()
         fast = self._fast(cpus)
         count, cores = len({cpu.core for cpu in fast}), len({cpu.core for cpu in cpus})
@@ -263,11 +265,7 @@ def _numbers(text: str) -> set[int]:
 def _elsewhere() -> Room | None:
     """Memory where there is no /proc/meminfo."""
     if sys.platform == "darwin":
-        try:
-            said = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return vm_stat(said)
+        return vm_stat(_said("vm_stat"))
     if sys.platform == "win32":
 
         class Status(ctypes.Structure):
@@ -280,6 +278,24 @@ def _elsewhere() -> Room | None:
         if ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
             return Room(min(status.free, status.free_pages), "GlobalMemoryStatusEx")
     return None
+
+
+def _said(*command: str) -> str:
+    """What a command of the system says; "" where there is none, or it does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def perflevels(said: str) -> Threads:
+    """macOS's cores: as many threads as there are performance cores; threads cannot be bound to them there."""
+    found = dict(re.findall(r"^(hw\S+): (\d+)$", said, re.MULTILINE))
+    count = int(found.get("hw.physicalcpu", os.cpu_count() or 1))
+    fast = int(found.get("hw.perflevel0.physicalcpu", count))
+    return Threads(
+        fast, frozenset(), f"the {fast} fast of {count} physical cores" if fast < count else f"{count} cores"
+    )
 
 
 def vm_stat(said: str) -> Room | None:
