@@ -449,7 +449,7 @@ def test_stopped_and_gone_on_from(recipe: Path, done: Path, tmp_path: Path) -> N
     assert curve(out) == curve(done)
 
 
-def test_another_recipe_does_not_go_on(recipe: Path, done: Path) -> None:
+def test_another_recipe_does_not_go_on(recipe: Path, done: Path, tmp_path: Path) -> None:
     with tasks.prepare(recipe, ["schedule.peak=2e-2"]) as plan:
         with pytest.raises(OptionError, match=r"holds a run with schedule.peak = 0.01, here it is 0.02.*--fresh"):
             plan.run()
@@ -460,6 +460,11 @@ def test_another_recipe_does_not_go_on(recipe: Path, done: Path) -> None:
         (checkpoints(done)[-1] / "values.npy").write_bytes(b"")
         with pytest.raises(OptionError, match="a damaged checkpoint"):
             plan.run()
+    with open(tmp_path / "sums.txt", "a") as file:
+        file.write("\n<|endoftext|>\n1 + 1 = 2")
+    changed = pytest.raises(OptionError, match=r"holds a run with data.sums = ")
+    with changed, tasks.prepare(recipe, ["run.out=" + str(done), "schedule.peak=2e-2"]) as plan:
+        plan.run()
 
 
 def test_too_little_memory_is_said_before(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Training on the kernels of the runtime.
 
-    adapters < ops, parameters < model < objective, optimiser < trainer
+    adapters < ops, parameters < model < objective, optimiser < trainer < recipe, rows, data, run < pretrain < tasks
 
 >>> from smolrun.train import AdamW, Batch, Model, Trainer, cosine                      # doctest: +SKIP
 >>> with open_checkpoint(path) as checkpoint:                                          # doctest: +SKIP
@@ -8,6 +8,8 @@
 >>> trainer = Trainer(model, AdamW(model.parameters, model.ops), cosine(1e-4, 100))     # doctest: +SKIP
 >>> for documents in data:                                                             # doctest: +SKIP
 ...     print(trainer.step([Batch.of(documents)]).loss)
+
+A whole run, as `smolrun train` does it, is `smolrun.train.tasks.prepare(recipe)`.
 """
 
 from smolrun.train.adapters import LoRA

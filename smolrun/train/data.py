@@ -85,11 +85,13 @@ class Tokens:
     """The documents of one file.
 
     Attributes:
+        key: what they were made of: content, tokenizer, field.
         ids: every document's, without end markers.
         documents: RECORD of each.
         bad: the rows that are none.
     """
 
+    key: str
     ids: NDArray[np.unsignedinteger]
     documents: NDArray[np.void]
     bad: tuple[BadRow, ...]
@@ -97,7 +99,8 @@ class Tokens:
 
 def tokens_of(path: Path, source: Source, vocabulary: Vocabulary, progress: Progress | None = None) -> Tokens:
     """A file's documents, from the cache, or put there."""
-    folder = user_cache() / "tokens" / _key(path, source, vocabulary)
+    key = _key(path, source, vocabulary)
+    folder = user_cache() / "tokens" / key
     if not folder.exists():
         _make(folder, path, source, vocabulary, progress)
     documents = np.load(folder / "documents.npy")
@@ -107,7 +110,7 @@ def tokens_of(path: Path, source: Source, vocabulary: Vocabulary, progress: Prog
     if (folder / "ids.bin").stat().st_size != size * kind.itemsize:
         raise OptionError(f"{folder}: its files do not fit each other: delete it, it is made again")
     ids = np.memmap(folder / "ids.bin", kind, "r", shape=(size,)) if size else np.empty(0, kind)
-    return Tokens(ids, documents, tuple(BadRow(str(path) + bad["where"], bad["problem"]) for bad in about["bad"]))
+    return Tokens(key, ids, documents, tuple(BadRow(str(path) + bad["where"], bad["problem"]) for bad in about["bad"]))
 
 
 def _key(path: Path, source: Source, vocabulary: Vocabulary) -> str:
@@ -206,6 +209,7 @@ class Corpus:
     """The documents of a source.
 
     Attributes:
+        digest: of all its files' contents and of how they are read.
         learnt, held: numbers of the documents to learn and of those held out.
         bad: every bad row of its files.
     """
@@ -217,6 +221,7 @@ class Corpus:
         """
         self.name, self.source, self._end = name, source, vocabulary.end
         self._files = [tokens_of(path, source, vocabulary, progress) for path in files(source.path)]
+        self.digest = hashlib.sha256("".join(file.key for file in self._files).encode()).hexdigest()[:16]
         self.bad = tuple(bad for file in self._files for bad in file.bad)
         counts = [len(file.documents) for file in self._files]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

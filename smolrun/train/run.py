@@ -138,11 +138,11 @@ class Loop:
 
     def restore(self, folder: Path) -> int:
         """Go on from a checkpoint; how long the log was then, in bytes."""
+        damaged = f"{folder}: a damaged checkpoint (%s): delete it to go on from the last"
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-        except (OSError, ValueError, EOFError) as error:
-            raise OptionError(f"{folder}: a damaged checkpoint ({error}): delete it to go on from the last") from error
+        except (OSError, ValueError) as error:
+            raise OptionError(damaged % error) from error
         for key in sorted(self.identity.keys() | state["identity"].keys()):
             mine, its = (json.dumps(facts.get(key)) for facts in (self.identity, state["identity"]))
             if mine != its:
@@ -150,6 +150,10 @@ class Loop:
                     f"{self.out} holds a run with {key} = {its}, here it is {mine}: take another run.out, or begin "
                     "anew with --fresh"
                 )
+        try:
+            arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+        except (OSError, ValueError, EOFError) as error:
+            raise OptionError(damaged % error) from error
         self.trainer.restore(arrays)
         self.feed.restore(state["feed"])
         self.listen({"kind": "resume", "step": self.trainer.optimiser.steps, "path": str(folder)})

@@ -53,6 +53,7 @@ class Plan:
         warnings: bad rows and the like.
         memory: bytes that it takes, see `training_bytes`.
         export: writes the result into a folder.
+        data: name -> digest: a run goes on only with the same.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class Plan:
     export: Callable[[Path], object]
     facts: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)
 
     @property
     def result(self) -> Path:
@@ -106,7 +108,7 @@ class Plan:
                 listen({"kind": "note", "text": problem})
 
         loop = Loop(
-            self.trainer, self.feed, run.out, identity_of(dataclasses.asdict(self.recipe), *FREE),
+            self.trainer, self.feed, run.out, identity_of(dataclasses.asdict(self.recipe) | {"data": self.data}, *FREE),
             save_every=run.save_every, evaluate_every=run.evaluate_every, keep_last=run.keep_last,
             listen=tell, stop=stop,
         )  # fmt: skip
@@ -267,7 +269,8 @@ def _pretrain(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress
     def export(target: Path) -> None:
         export_folder(model, tokenizer, target)
 
-    return Plan(recipe, trainer_of(recipe, model, feed.steps), feed, tokens, needed, export, facts, warnings)
+    data = {name: corpus.digest for name, corpus in corpora.items()}
+    return Plan(recipe, trainer_of(recipe, model, feed.steps), feed, tokens, needed, export, facts, warnings, data)
 
 
 def _tokenizer(recipe: Pretrain, progress: Progress | None) -> Path | None:
