@@ -26,6 +26,7 @@ from smolrun.model.llama import Llama
 from smolrun.text.tokenizer import Tokenizer
 from smolrun.train import Batch, tasks
 from smolrun.train.data import Corpus, Vocabulary, read_tokenizer, tokens_of
+from smolrun.train.data import texts as every_text
 from smolrun.train.filter import Head, Reader, keep_best
 from smolrun.train.pretrain import Feed, reweight
 from smolrun.train.recipe import Pretrain, Reweight, Source, read_recipe
@@ -237,6 +238,8 @@ def test_documents_are_encoded_once(
     def fails(*_: object) -> None:
         raise AssertionError("encoded again")
 
+    learnt = [texts[i] for i in first.learnt]
+    assert list(every_text(source, [])) == learnt  # what a new tokenizer is made of
     monkeypatch.setattr(Tokenizer, "encode", fails)
     path.rename(tmp_path / "moved.jsonl")
     again = Corpus("prose", Source(path=str(tmp_path / "moved.jsonl"), held_out=0.2, bad_rows=0.1), vocabulary)

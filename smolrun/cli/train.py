@@ -100,7 +100,7 @@ def tokenizer(sources: tuple[str, ...], out: Path, vocab_size: int, field: str) 
 
     bad: list[Any] = []
     count = train_vocabulary(
-        (text for path in sources for text in texts(Source(path=path, field=field), bad)), vocab_size, out
+        (text for path in sources for text in texts(Source(path=path, field=field, held_out=0), bad)), vocab_size, out
     )
     _bad_rows(bad)
     click.echo(f"{out}: {count:,} tokens")

@@ -15,14 +15,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smolrun.errors import ModelNotFound, OptionError, TokenizerError
+from smolrun.errors import ModelNotFound, OptionError
 from smolrun.files.checkpoint import END_OF_TEXT, TokenizerSource, open_checkpoint
 from smolrun.files.folder import parse_object
 from smolrun.kernels.load import user_cache
@@ -30,9 +30,9 @@ from smolrun.text.tokenizer import Tokenizer
 from smolrun.train.recipe import Source
 from smolrun.train.rows import BadRow, files, look_up, read_rows
 
-VERSION = 1
+VERSION = 2
 RECORD = np.dtype([("end", "<i8"), ("bytes", "<i8"), ("digest", "<u8")])
-MANY = 256  # documents that are encoded at a time
+MANY = 256  # documents from one sign of progress to the next
 Progress = Callable[[str, int, int], object]  # stage, done, all
 
 
@@ -130,19 +130,18 @@ def _make(folder: Path, path: Path, source: Source, vocabulary: Vocabulary, prog
     size = path.stat().st_size
     try:
         with open(part / "ids.bin", "xb") as file:
-            for texts in _many(texts_of(path, source), bad):
-                for (where, text), ids in zip(texts, _encode(vocabulary.tokenizer, texts, bad), strict=True):
-                    if ids is None:
-                        continue
-                    if not len(ids):
-                        bad.append(BadRow(where, "no token stands for any of its bytes"))
-                        continue
-                    data = text.encode()
-                    file.write(np.asarray(ids, kind).tobytes())
-                    end, read = end + len(ids), read + len(data)
-                    digest = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-                    records.append((end, len(data), digest))
-                if progress:
+            for number, row in enumerate(texts_of(path, source)):
+                if isinstance(row, BadRow):
+                    bad.append(row)
+                    continue
+                ids, data = vocabulary.tokenizer.encode(row[1]), row[1].encode()
+                if not ids:
+                    bad.append(BadRow(row[0], "no token stands for any of its bytes"))
+                    continue
+                file.write(np.asarray(ids, kind).tobytes())
+                end, read = end + len(ids), read + len(data)
+                records.append((end, len(data), _digest(data)))
+                if progress and number % MANY == 0:
                     progress("tokenize", min(read, size - 1), size)
             file.flush()
             os.fsync(file.fileno())
@@ -174,35 +173,17 @@ def texts_of(path: Path, source: Source) -> Iterator[tuple[str, str] | BadRow]:
 
 
 def texts(source: Source, bad: list[BadRow]) -> Iterator[str]:
-    """The text of every document of a source; rows that are none go to `bad`."""
+    """The text of every document of a source that is not held out; rows that are none go to `bad`."""
     for path in files(source.path):
         for row in texts_of(path, source):
             if isinstance(row, BadRow):
                 bad.append(row)
-            else:
+            elif _digest(row[1].encode()) / 2.0**64 >= source.held_out:
                 yield row[1]
 
 
-def _many(rows: Iterator[tuple[str, str] | BadRow], bad: list[BadRow]) -> Iterator[list[tuple[str, str]]]:
-    texts = list[tuple[str, str]]()
-    for row in rows:
-        if isinstance(row, BadRow):
-            bad.append(row)
-        else:
-            texts.append(row)
-        if len(texts) == MANY:
-            yield texts
-            texts = []
-    yield texts
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], bad: list[BadRow]) -> Iterator[list[int] | None]:
-    for where, text in texts:
-        try:
-            yield tokenizer.encode(text)
-        except TokenizerError as error:
-            bad.append(BadRow(where, str(error)))
-            yield None
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 class Corpus:

@@ -179,4 +179,10 @@ def look_up(row: Row, field: str) -> str | BadRow:
         value = value[part]
     if not isinstance(value, str):
         return BadRow(row.where, f"{field} is {type(value).__name__}, text expected")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half of a pair
+        return BadRow(
+            row.where, f"{field}: lone surrogate U+{ord(value[error.start]):04X} at character {error.start:,}"
+        )
     return value if value.strip() else BadRow(row.where, f"{field} is empty")
