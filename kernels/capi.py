@@ -103,7 +103,8 @@ messages = text("messages", b"".join(m.encode().ljust(MESSAGE, b"\0") for m in M
 get_u8 = word(i64, [i64], lambda b, p: b.zext(load(b, p, I8), I64))
 get_u32 = word(i64, [i64], lambda b, p: b.zext(load(b, p, I32), I64))
 
-CLOSE_ON_EXEC, DIRECTORY = 0o2000000, 0o200000
+# Numbers of Linux that are the same on x86-64 and AArch64 (O_DIRECTORY is not)
+CLOSE_ON_EXEC = 0o2000000
 READ, WRITE, SHARED, PRIVATE, ANONYMOUS, NO_RESERVE = 1, 2, 1, 2, 0x20, 0x4000
 END = 2  # of lseek
 LARGEST = 3.4028235e38  # f32
@@ -272,7 +273,7 @@ def map_file(folder, name, out):  # type: ignore[no-untyped-def]
 @kernel
 def map_model(h, path):  # type: ignore[no-untyped-def]
     """Program and weights, both checked."""
-    folder = c_open(path, CLOSE_ON_EXEC | DIRECTORY)
+    folder = c_open(path, CLOSE_ON_EXEC)
     if folder < 0:
         return E.FILE
     code = map_file(folder, program_name(), h + H.program)
