@@ -16,8 +16,9 @@ from tokenizers import Tokenizer as Library
 import tiny
 from smolrun.errors import ModelFileError, TokenizerError, UnsupportedModel
 from smolrun.files.checkpoint import TokenizerSource, open_checkpoint
+from smolrun.text.bpe import TableBpe
 from smolrun.text.template import ChatTemplate
-from smolrun.text.tokenizer import MAX_ID, Tokenizer
+from smolrun.text.tokenizer import MAX_ID, LibraryBpe, Tokenizer, tables
 
 WIKI = Path(__file__).resolve().parents[2] / "shared/data/text/wikitext2/wiki.test.raw"
 
@@ -167,6 +168,98 @@ def test_both_roads_give_the_library_ids(small: Tokenizer, name: str) -> None:
     expected = library.encode(NASTY[name], add_special_tokens=False).ids
     assert small.encode(NASTY[name]) == expected
     assert from_json(data).encode(NASTY[name]) == expected
+
+
+# ---- without the library
+
+
+def tabled(source: TokenizerSource) -> Tokenizer:
+    """The same tokenizer as a bundle has it."""
+    facts = {"specials": source.specials, "bos_id": source.bos_id, "eos_ids": source.eos_ids}
+    return Tokenizer.from_source(TokenizerSource(tables=tables(source), **facts))
+
+
+def same(one: Tokenizer, other: Tokenizer, text: str) -> None:
+    assert one.encode_with_ends(text) == other.encode_with_ends(text), repr(text[:80])
+
+
+def test_tables_give_the_library_ids(small: Tokenizer) -> None:
+    for tokenizer in (tabled(tiny_source()), tabled(TokenizerSource(json=json.dumps(tiny_json())))):
+        for text in (*NASTY.values(), *random_texts(300)):
+            same(tokenizer, small, text)
+
+
+def random_texts(count: int) -> Iterator[str]:
+    """Bytes read as Latin-1 and as broken UTF-8; any code points; few letters over and over, which merge most."""
+    rng = random.Random(7)
+    for _ in range(count):
+        data = rng.randbytes(rng.randrange(200))
+        yield data.decode("latin-1")
+        yield data.decode("utf-8", "replace")
+        yield "".join(chr(c) for c in (rng.randrange(0x110000) for _ in range(40)) if not 0xD800 <= c < 0xE000)
+        yield "".join(rng.choices(rng.choice(["ab", "the ", "a1 '", "\n\t \u3000x", "'sre!"]), k=rng.randrange(300)))
+
+
+@pytest.mark.real
+def test_real_tables_give_the_library_ids(real: Any) -> None:
+    """Every word of the vocabulary, code points in all neighbourhoods, the nasty texts, random ones, a megabyte."""
+    tokenizer = tabled(real[1])
+    words = [real[0].token_bytes(i).decode("utf-8", "replace") for i in range(real[0].vocab_size)]
+    points = (chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
+    neighbours = "".join(f"a{c}b !{c}! 1{c} {c} {c * 2} x\n" for c in itertools.islice(points, 0, None, 17))
+    for text in (*NASTY.values(), *random_texts(300), *words, "".join(words), neighbours):
+        same(tokenizer, real[0], text)
+    assert [tokenizer.token_bytes(i) for i in range(49_152)] == [real[0].token_bytes(i) for i in range(49_152)]
+    if WIKI.exists():
+        same(tokenizer, real[0], WIKI.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tables_follow_merges_in_any_order(seed: int) -> None:
+    """Ranks that no training gives: a join ranked before its parts, one id made in two ways, a pair given twice."""
+    rng = random.Random(seed)
+    letters = [chr(letter) for letter in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
+    tokens, merges = list("abc"), []
+    for _ in range(40):
+        a, b = rng.choices(tokens, k=2)
+        if len(a + b) < 12:
+            tokens += [a + b] * (a + b not in tokens)
+            merges.append(f"{a} {b}")
+    rng.shuffle(merges)
+    vocab = [*dict.fromkeys(["<|endoftext|>", *tokens, *letters])]
+    source = TokenizerSource(vocab=vocab, merges=merges, token_types=[3] + [1] * (len(vocab) - 1))
+    library, own = Tokenizer.from_source(source), tabled(source)
+    for _ in range(200):
+        same(own, library, "".join(rng.choices("abc", k=rng.randrange(1, 60))))
+
+
+def test_tables_find_added_tokens_the_longest_first() -> None:
+    source = tiny_source()
+    added = ["<think>", "<thi", "nk>x", " a"]
+    types = [*source.token_types, *[4] * len(added)]
+    source = tiny_source(vocab=[*source.vocab, *added], token_types=types)
+    for text in ("a<think>b", "<think>x<thi<thi nk>xnk>x", "b a a a", "a1<think>1", "  <think>  1"):
+        same(tabled(source), Tokenizer.from_source(source), text)
+
+
+def test_tables_of_the_other_pre_tokenizer() -> None:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
+    vocab = tiny_json()["model"]["vocab"] | {"12": tiny.FULL_VOCAB}
+    source = TokenizerSource(
+        json=json.dumps(edited(pre_tokenizer=byte_level, model__merges=["1 2"], model__vocab=vocab))
+    )
+    own, library = tabled(source), Tokenizer.from_source(source)
+    for text in (*NASTY.values(), "12 1212  12", *random_texts(100)):
+        same(own, library, text)
+    with pytest.raises(UnsupportedModel, match="ignore_merges"):
+        tables(TokenizerSource(json=json.dumps(edited(model__ignore_merges=True))))
+
+
+def test_tables_that_contradict_each_other_are_refused() -> None:
+    sound = tables(tiny_source())
+    for name in ("tokens", "ends", "bytes", "joins"):
+        with pytest.raises(ModelFileError, match="tables"):
+            TableBpe(sound | {name: sound[name][:-8]})
 
 
 def test_special_text_is_plain_text(small: Tokenizer) -> None:
@@ -329,6 +422,6 @@ def test_other_pre_tokenizers() -> None:
     assert len(gpt2.encode("12")) == 1
     assert len(from_json(edited(model__merges=["1 2"], model__vocab=vocab)).encode("12")) == 2  # every digit alone
     with pytest.raises(UnsupportedModel, match=r"'llama-bpe' is not supported .*smollm"):
-        Tokenizer({"a": 0}, [], specials={}, pre="llama-bpe")
+        LibraryBpe({"a": 0}, [], specials={}, pre="llama-bpe")
     with pytest.raises(ModelFileError, match="empty"):
-        Tokenizer({}, [], specials={})
+        LibraryBpe({}, [], specials={})

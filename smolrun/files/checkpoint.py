@@ -74,9 +74,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """What a tokenizer is built from: `json` (the text of tokenizer.json), else `vocab`, `merges` and `token_types`.
+    """What a tokenizer is built from: `tables`, `json`, else `vocab`, `merges` and `token_types`.
 
     Attributes:
+        json: the text of a tokenizer.json.
+        tables: those of text/bpe.py, uint8 each; a packed model has nothing else.
         eos_ids: the ids that end an answer: every end id the files name, then <|endoftext|>.
         specials: text -> id of the control tokens.
     """
@@ -88,6 +90,7 @@ class TokenizerSource:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     specials: dict[str, int] = field(default_factory=dict)
+    tables: Mapping[str, np.ndarray] | None = field(default=None, repr=False)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
-"""Text <-> ids: byte-level BPE on the `tokenizers` library.
+"""Text <-> ids: byte-level BPE on the `tokenizers` library, or (a bundle's model) on tables without it (bpe.py).
 
 One way in for both kinds of checkpoint: tokenizer.json and the GGUF lists are brought to the same vocabulary, merges
-and pre-tokenizer name, so that the same model gives the same ids by either road. What `encode` reads is always plain
+and pre-tokenizer name, so that the same model gives the same ids by either road. Which checkpoint it is decides how it
+is encoded, never what happens to be installed. What `encode` reads is always plain
 text: no text can become a special token; only chat templates write those (see template.py).
 
     text --UTF-8--> bytes --split by the pre-tokenizer--> words --merges--> ids
@@ -12,14 +13,17 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from itertools import accumulate, repeat
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tokenizers import AddedToken, models, pre_tokenizers
-from tokenizers import Tokenizer as _Bpe
+import numpy as np
+from numpy.typing import NDArray
 
 from smolrun.errors import ModelFileError, TokenizerError, UnsupportedModel
+from smolrun.text.bpe import TABLES, TableBpe
 
 if TYPE_CHECKING:
     from smolrun.files.checkpoint import TokenizerSource
@@ -31,15 +35,8 @@ MAX_ID = 1 << 20
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-_PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()]),
-    "gpt-2": _gpt2,
-}
-"""`tokenizer.ggml.pre` -> what splits text into words; SmolLM2 sets every digit apart, then follows GPT-2's regex."""
+_PRE_TOKENIZERS = ("smollm", "gpt-2")
+"""`tokenizer.ggml.pre`: what splits text into words; SmolLM2 sets every digit apart, then follows GPT-2's regex."""
 
 
 def _byte_letters() -> dict[int, int]:
@@ -53,14 +50,21 @@ def _byte_letters() -> dict[int, int]:
 _BYTE_OF_LETTER = _byte_letters()
 
 
-class Tokenizer:
-    """The vocabulary of one checkpoint.
+class Bpe(Protocol):
+    """Encodes plain text: ids are 0 <= id < size, and `unknown` stands for a byte without a token."""
 
-    Attributes:
-        vocab_size: ids are 0 <= id < vocab_size; an id no token has (a hole, padding of the model) is empty text.
-        specials: text -> id of the special tokens (`<|im_end|>` ...); `encode` never returns one of these ids.
-        bos_id: id of the begin-of-sequence token, if the checkpoint names one. It is not prepended to anything.
-        eos_ids: ids that end an answer.
+    size: int
+    unknown: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, i: int) -> bytes: ...
+
+
+class LibraryBpe:
+    """Byte-level BPE by the `tokenizers` library.
+
+    Attributes: as `Bpe`.
     """
 
     def __init__(
@@ -71,12 +75,9 @@ class Tokenizer:
         specials: Mapping[str, int],
         user_defined: Iterable[str] = (),
         pre: str = "smollm",
-        bos_id: int | None = None,
-        eos_ids: tuple[int, ...] = (),
-        vocab_size: int = 0,
         ignore_merges: bool = False,
     ) -> None:
-        """Builds the tokenizer; 0.06 s for SmolLM2's 49,152 tokens and 48,900 merges.
+        """Builds it; 0.06 s for SmolLM2's 49,152 tokens and 48,900 merges.
 
         Args:
             vocab: token -> id, spelled in byte letters; specials and user-defined tokens as plain text.
@@ -84,7 +85,6 @@ class Tokenizer:
             specials: text -> id of tokens that plain text never becomes.
             user_defined: added tokens that plain text does become, before any splitting (as in llama.cpp).
             pre: name of the pre-tokenizer, as `tokenizer.ggml.pre`.
-            vocab_size: at least this many ids (models may be padded beyond their vocabulary).
             ignore_merges: a word that is itself a token is taken whole.
 
         Raises:
@@ -96,41 +96,73 @@ class Tokenizer:
                 f"tokenizer: pre-tokenizer {pre!r} is not supported (supported: {', '.join(_PRE_TOKENIZERS)}); "
                 "SmolLM2 files carry 'smollm'"
             )
-        specials, user_defined = dict(specials), tuple(user_defined)
+        from tokenizers import AddedToken, models, pre_tokenizers
+        from tokenizers import Tokenizer as Library
+
+        user_defined = tuple(user_defined)
         vocab = {**vocab, **specials}
         if not vocab:
             raise ModelFileError("tokenizer: the vocabulary is empty: download the model again")
         low, high = min(vocab.values()), max(vocab.values())
         if low < 0 or high >= MAX_ID:
             raise ModelFileError(f"tokenizer: ids from {low:,} to {high:,} found, 0 to {MAX_ID - 1:,} expected")
-        self.specials = specials
-        self.special_ids = frozenset(specials.values())
-        self.bos_id = bos_id
-        self.eos_ids = eos_ids
-        self.vocab_size = max(high + 1, vocab_size)
+        self.size = high + 1
         self._plain = frozenset(specials) | frozenset(user_defined)  # spelled as text, not in byte letters
-        self._token: list[str | None] = [None] * self.vocab_size
+        self._token: list[str | None] = [None] * self.size
         for token, i in vocab.items():
             self._token[i] = token
-        self._bytes: dict[int, bytes] = {}
 
         # SmolLM2 has no token for 21 bytes (13 of them never occur in UTF-8). Without an unknown token the library
         # forgets such a byte and merges its neighbours across the gap; llama.cpp does not. Hence an id, dropped later.
-        self._unknown = high + 1
+        self.unknown = high + 1
         unknown = "\0"
         while unknown in vocab:
             unknown += "\0"
         try:
             model = models.BPE(
-                {**vocab, unknown: self._unknown}, list(merges), unk_token=unknown, ignore_merges=ignore_merges
+                {**vocab, unknown: self.unknown}, list(merges), unk_token=unknown, ignore_merges=ignore_merges
             )
         except Exception as error:  # the library raises a bare Exception
             raise ModelFileError(
                 f"tokenizer: merges do not fit the vocabulary ({error}): download the model again"
             ) from error
-        self._bpe = _Bpe(model)
-        self._bpe.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-        self._bpe.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        self._library = Library(model)
+        self._library.pre_tokenizer = words if pre == "gpt-2" else pre_tokenizers.Sequence([digits, words])
+        self._library.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids; `unknown` for a byte without a token."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of an id in range."""
+        token = self._token[i] or ""
+        letters = [_BYTE_OF_LETTER.get(ord(letter)) for letter in token]
+        plain = token in self._plain or None in letters
+        return token.encode() if plain else bytes(b for b in letters if b is not None)
+
+
+class Tokenizer:
+    """The vocabulary of one checkpoint.
+
+    Attributes:
+        vocab_size: ids are 0 <= id < vocab_size; an id no token has (a hole, padding of the model) is empty text.
+        specials: text -> id of the special tokens (`<|im_end|>` ...); `encode` never returns one of these ids.
+        bos_id: id of the begin-of-sequence token, if the checkpoint names one. It is not prepended to anything.
+        eos_ids: ids that end an answer.
+    """
+
+    def __init__(self, bpe: Bpe, source: TokenizerSource, vocab_size: int = 0) -> None:
+        """vocab_size: at least this many ids (models may be padded beyond their vocabulary)."""
+        self._bpe = bpe
+        self.specials = dict(source.specials)
+        self.special_ids = frozenset(self.specials.values())
+        self.bos_id, self.eos_ids = source.bos_id, source.eos_ids
+        self.vocab_size = max(bpe.size, vocab_size)
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_source(cls, source: TokenizerSource, *, vocab_size: int = 0) -> Tokenizer:
@@ -140,21 +172,8 @@ class Tokenizer:
             ModelFileError: a damaged vocabulary.
             UnsupportedModel: a sound tokenizer of another kind than byte-level BPE.
         """
-        facts: dict[str, Any] = {"bos_id": source.bos_id, "eos_ids": source.eos_ids, "vocab_size": vocab_size}
-        if source.json is not None:
-            return cls(**(_read_json(source.json) | facts))
-        vocab = {token: i for i, token in enumerate(source.vocab)}
-        types = zip(source.vocab, source.token_types, strict=False)
-        user_defined = [
-            token for token, kind in types if kind == _USER_DEFINED and token and token not in source.specials
-        ]
-        return cls(
-            vocab,
-            _pairs(source.merges),
-            specials=source.specials,
-            user_defined=user_defined,
-            **facts,
-        )
+        bpe = LibraryBpe(**_arguments(source)) if source.tables is None else TableBpe(source.tables)
+        return cls(bpe, source, vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: nothing is added, and a special token's text stays text.
@@ -164,22 +183,21 @@ class Tokenizer:
         Raises:
             TokenizerError: the text holds a lone surrogate, which no UTF-8 can carry; names its position.
         """
-        return [i for i in self._encode(text) if i != self._unknown]
+        return [i for i in self._encode(text) if i != self._bpe.unknown]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """As `encode`, and for each id where its token ends, in UTF-8 bytes of the text."""
         ids, ends, end = [], [], 0
         for i in self._encode(text):
-            end += 1 if i == self._unknown else len(self.token_bytes(i))
-            if i != self._unknown:
+            end += 1 if i == self._bpe.unknown else len(self.token_bytes(i))
+            if i != self._bpe.unknown:
                 ids.append(i)
                 ends.append(end)
         return ids, ends
 
     def _encode(self, text: str) -> list[int]:
         require_unicode(text, "text")
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._bpe.encode(text)
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one id; not always whole UTF-8. A special token gives its text.
@@ -191,10 +209,7 @@ class Tokenizer:
             return known
         if not 0 <= i < self.vocab_size:
             raise TokenizerError(f"id {i:,} found, 0 to {self.vocab_size - 1:,} expected: is it from another model?")
-        token = self._token[i] or ""
-        letters = [_BYTE_OF_LETTER.get(ord(letter)) for letter in token]
-        plain = token in self._plain or None in letters
-        self._bytes[i] = token.encode() if plain else bytes(b for b in letters if b is not None)
+        self._bytes[i] = self._bpe.token_bytes(i) if i < self._bpe.size else b""
         return self._bytes[i]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -243,6 +258,58 @@ def require_unicode(text: str, name: str) -> None:
         ) from None
 
 
+def tables(source: TokenizerSource) -> dict[str, NDArray[np.uint8]]:
+    """The tables of bpe.py: a checkpoint's tokenizer for devices that have no library.
+
+    Raises:
+        ModelFileError: a damaged vocabulary.
+        UnsupportedModel: a sound tokenizer of another kind, or one that takes whole words (model.ignore_merges).
+    """
+    facts = _arguments(source)
+    _expect("model.ignore_merges", facts.get("ignore_merges", False), False)
+    library = LibraryBpe(**facts)
+    vocab: dict[str, int] = facts["vocab"] | facts["specials"]
+    spelled = [library.token_bytes(i) for i in range(library.size)]
+    ranks = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(facts["merges"])}
+    joins = sorted((a << 32 | b, rank << 32 | join) for (a, b), (rank, join) in ranks.items())
+    numbers, letters, spaces, digits = _code_points()
+    digits = digits if facts.get("pre", "smollm") == "smollm" else frozenset()
+    values: dict[str, Any] = {
+        "tokens": list(b"".join(spelled)),
+        "ends": [0, *accumulate(map(len, spelled))],
+        "bytes": [vocab.get(chr(letter), -1) for letter in sorted(_BYTE_OF_LETTER, key=_BYTE_OF_LETTER.__getitem__)],
+        "pairs": [pair for pair, _ in joins],
+        "joins": [join for _, join in joins],
+        "added": [vocab[token] for token in facts["user_defined"]],
+        "digits": _ranges(digits),
+        "numbers": _ranges(numbers - digits),
+        "letters": _ranges(letters - digits),
+        "spaces": _ranges(spaces - digits),
+    }
+    return {name: np.array(values[name], kind).reshape(-1).view(np.uint8) for name, kind in TABLES.items()}
+
+
+@cache
+def _code_points() -> tuple[frozenset[int], ...]:
+    """Numbers, letters and spaces of the library's regex, and its own digits: they are of two versions of Unicode."""
+    from tokenizers import Regex, pre_tokenizers
+
+    points = [c for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    every = "".join(map(chr, points))
+    found = []
+    for pattern in (r"\p{N}+", r"\p{L}+", r"\s+"):
+        pieces = pre_tokenizers.Split(Regex(pattern), "removed", invert=True).pre_tokenize_str(every)
+        found.append(frozenset(points[k] for _, (first, end) in pieces for k in range(first, end)))
+    pieces = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(every)
+    return (*found, frozenset(points[first] for _, (first, end) in pieces if end == first + 1))
+
+
+def _ranges(points: frozenset[int]) -> list[int]:
+    """First, last, first, last ... of the runs of neighbours."""
+    ends = [c for c in sorted(points) if c + 1 not in points]
+    return [c for pair in zip((c for c in sorted(points) if c - 1 not in points), ends, strict=True) for c in pair]
+
+
 def gguf_vocabulary(source: TokenizerSource, vocab_size: int) -> dict[str, Any]:
     """The lists of a GGUF file that hold this tokenizer; ids without a token up to vocab_size become unused ones.
 
@@ -286,8 +353,21 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     return pairs  # just checked; checking one by one doubles the time to build
 
 
+def _arguments(source: TokenizerSource) -> dict[str, Any]:
+    """Arguments of `LibraryBpe`."""
+    if source.json is not None:
+        return _read_json(source.json)
+    types = zip(source.vocab, source.token_types, strict=False)
+    return {
+        "vocab": {token: i for i, token in enumerate(source.vocab)},
+        "merges": _pairs(source.merges),
+        "specials": source.specials,
+        "user_defined": [t for t, kind in types if kind == _USER_DEFINED and t and t not in source.specials],
+    }
+
+
 def _read_json(text: str) -> dict[str, Any]:
-    """Arguments of `Tokenizer` from the text of a tokenizer.json; what this project does not run is refused by name."""
+    """Arguments of `LibraryBpe` from the text of a tokenizer.json; what is not supported is refused by name."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
