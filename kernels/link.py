@@ -9,6 +9,8 @@ the PyPI package `ziglang`, which carries it.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import platform
@@ -20,7 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .load import BuildError, compile_code
+from .image import HASH
+from .load import BuildError, Progress, cache_folders, compile_code, image_path, keep
 from .program import API, LIBC
 from .target import TIERS, Tier
 
@@ -74,14 +77,35 @@ TARGETS = {
 }
 
 
-def compile_objects(tier: Tier, names: Iterable[str], target: Target) -> dict[str, bytes]:
+def compile_objects(
+    tier: Tier, names: Iterable[str], target: Target, progress: Progress | None = None
+) -> dict[str, bytes]:
     """Relocatable objects of entry points (see build.NAMES): ELF, COFF or Mach-O as the target has it.
+
+    They are kept beside the images of the same sources, each with its SHA-256.
+
+    Args:
+        progress: called with (done, in all, name).
 
     Raises:
         BuildError: the compiling child failed.
     """
-    objects: dict[str, bytes] = {}
-    compile_code("object", tier, list(dict.fromkeys(names)), objects.__setitem__, target.triple)
+    wanted, objects, suffix = list(dict.fromkeys(names)), dict[str, bytes](), f".{target.triple}.o"
+    for folder in cache_folders():
+        for name in wanted:
+            with contextlib.suppress(OSError):
+                content = image_path(folder, tier, name, suffix).read_bytes()
+                if hashlib.sha256(content[:-HASH]).digest() == content[-HASH:]:
+                    objects[name] = content[:-HASH]
+
+    def done(name: str, content: bytes) -> None:
+        objects[name] = content
+        keep(tier, name, content + hashlib.sha256(content).digest(), suffix)
+        if progress:
+            progress(len(objects), len(wanted), name)
+
+    if missing := [name for name in wanted if name not in objects]:
+        compile_code("object", tier, missing, done, target.triple)
     return objects
 
 
@@ -107,12 +131,12 @@ def link(objects: Mapping[str, bytes], exports: Iterable[str], target: Target, o
 
     Args:
         objects: any name -> relocatable object.
-        exports: C symbols that the shared object offers.
+        exports: C symbols that the shared object offers (on macOS all that are global).
 
     Raises:
         BuildError: no linker, or it refused: a symbol that no object defines is an error.
     """
-    command, exports = [*_linker(target.linker), *target.flags], list(exports)
+    command, exports = _linker(target), list(exports)
     with tempfile.TemporaryDirectory() as folder:
         inputs, made = [], os.path.join(folder, out.name)  # lld-link leaves more than its product behind
         for name, content in sorted(objects.items()):
@@ -121,8 +145,7 @@ def link(objects: Mapping[str, bytes], exports: Iterable[str], target: Target, o
         if target.suffix == ".dll":
             command += [f"/out:{made}", *(f"/export:{name}" for name in exports), *inputs]
         elif target.suffix == ".dylib":
-            names = (part for name in exports for part in ("-exported_symbol", f"_{name}"))
-            command += ["-o", made, "-install_name", f"@rpath/{out.name}", *names, *inputs]
+            command += ["-o", made, "-install_name", f"@rpath/{out.name}", *inputs]
         else:
             script = os.path.join(folder, "exports")
             Path(script).write_text("{ global: " + " ".join(f"{name};" for name in exports) + " local: *; };")
@@ -130,7 +153,7 @@ def link(objects: Mapping[str, bytes], exports: Iterable[str], target: Target, o
             if "smolrun_open" in objects:
                 command.append(_stub(target, inputs[0], folder))
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
+        if done.returncode or not os.path.exists(made):
             said = (done.stderr or done.stdout).strip()
             raise BuildError(f"{' '.join(command[:3])} ... could not link {out.name}: {said[:1000]}")
         shutil.copyfile(made, out)
@@ -142,18 +165,23 @@ def _stub(target: Target, input: str, folder: str) -> str:
     input: an object that asks for nothing, since a linker wants one.
     """
     stub = os.path.join(folder, "libc.stub")
-    command = [*_linker(target.linker), "-shared", "-soname", target.libc, "-o", stub, input]
+    command = [*_linker(target), "-soname", target.libc, "-o", stub, input]
     subprocess.run([*command, *(f"--defsym={name}=0" for name in LIBC)], check=True)
     return stub
 
 
-def _linker(flavour: str) -> list[str]:
-    """The command that runs lld as `flavour`."""
-    if found := shutil.which(flavour):
-        return [found]
-    if importlib.util.find_spec("ziglang") and flavour != "ld64.lld":  # zig links Mach-O on its own, without lld
-        return [sys.executable, "-m", "ziglang", flavour]
+def _linker(target: Target) -> list[str]:
+    """The command that runs lld for a target, with its flags."""
+    if found := shutil.which(target.linker):
+        return [found, *target.flags]
+    if found := shutil.which("lld"):
+        return [found, "-flavor", target.linker, *target.flags]
+    if importlib.util.find_spec("ziglang"):
+        zig = [sys.executable, "-m", "ziglang"]
+        if target.suffix == ".dylib":  # Zig links Mach-O by itself, and signs it
+            return [*zig, "cc", "-target", "aarch64-macos.11.0", "-shared", "-nostdlib"]
+        return [*zig, target.linker, *target.flags]
     raise BuildError(
-        f"no {flavour} on PATH: install lld (apt install lld, brew install lld)"
-        + ("" if flavour == "ld64.lld" else ", or `pip install ziglang`, which carries it")
+        f"no {target.linker} on PATH: install lld (apt install lld, brew install lld), or `pip install ziglang`, "
+        "which carries it"
     )

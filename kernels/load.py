@@ -1,6 +1,7 @@
 """Compiled kernels for the run-time: from the cache, or from a compiling child, mapped without Numba or LLVM.
 
     names -> cached images (image.py checks them) -> missing ones: child process `build.py` -> cache -> addresses
+    names -> shared object of the bundle that this code is part of (bundle.py), and nowhere else -> addresses
 
 The cache has a folder for each module of kernels and tier, whose name is a hash of all that shaped the images: the
 sources that the module imports, the versions of LLVM's and Numba's packages. Nothing is ever invalidated, only not
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from . import bundle
 from .image import Code, ImageError
 from .target import Tier
 
@@ -141,17 +143,17 @@ def cache_folders() -> Iterator[Path]:
             continue
 
 
-def image_path(folder: Path, tier: Tier, name: str) -> Path:
-    """Where one of the cache's folders keeps an image."""
-    return folder / image_key(tier, name) / f"{name}.img"
+def image_path(folder: Path, tier: Tier, name: str, suffix: str = ".img") -> Path:
+    """Where one of the cache's folders keeps an image (or, under another suffix, what link.py takes)."""
+    return folder / image_key(tier, name) / f"{name}{suffix}"
 
 
-def _write(tier: Tier, name: str, content: bytes) -> Path | None:
+def keep(tier: Tier, name: str, content: bytes, suffix: str = ".img") -> Path | None:
     """The image's file in the first folder that can be written; None: it lives in memory alone."""
     import tempfile
 
     for folder in cache_folders():
-        path = image_path(folder, tier, name)
+        path = image_path(folder, tier, name, suffix)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, part = tempfile.mkstemp(dir=path.parent)
@@ -338,7 +340,7 @@ class _Loaded:
             return bool(missing)
 
         def done(name: str, content: bytes) -> None:
-            path = _write(self.tier, name, content)
+            path = keep(self.tier, name, content)
             with mutex:
                 self.add(name, path or content)
                 report(name, sum(n not in self.addresses for n in names))
@@ -363,9 +365,15 @@ def addresses(tier: Tier, names: Iterable[str], progress: Progress | None = None
             "" while another process compiles.
 
     Raises:
-        BuildError: compilation failed, or the system executes neither files nor memory of ours.
+        BuildError: compilation failed, or the system executes neither files nor memory of ours; a bundle that lacks
+        one, or is damaged.
     """
     wanted = list(dict.fromkeys(names))
+    if place := bundle.folder():
+        try:
+            return bundle.addresses(place, tier.name, wanted)
+        except bundle.BundleError as error:
+            raise BuildError(str(error)) from None
     if getattr(sys, "frozen", False):
         raise BuildError(
             "a frozen program cannot compile kernels: its sys.executable is no Python but itself. "

@@ -162,9 +162,12 @@ def _sysctl(name: str) -> int:
 
 
 def runnable() -> list[Tier]:
-    """The tiers that this CPU can run, best first."""
+    """The tiers that this CPU can run, best first; in a bundle those that it has."""
+    from . import bundle  # no part of what kernels are compiled from
+
     here = platform.machine()
-    return [t for t in TIERS.values() if here in t.machines and set(t.needs) <= host_features()]
+    can = [t for t in TIERS.values() if here in t.machines and set(t.needs) <= host_features()]
+    return [t for t in can if t.name in bundle.manifest(place)["tiers"]] if (place := bundle.folder()) else can
 
 
 def choose() -> Tier:
@@ -177,7 +180,10 @@ def choose() -> Tier:
     can = runnable()
     names = ", ".join(t.name for t in can)
     if not can:
-        raise RuntimeError(f"no kernels for machine type {platform.machine()!r}: known are x86_64 and aarch64")
+        raise RuntimeError(
+            f"no kernels for this CPU ({platform.machine()}, features {', '.join(sorted(host_features())) or 'none'}): "
+            + _what_there_is()
+        )
     wanted = os.environ.get("SMOLRUN_TIER", "")
     if not wanted:
         return can[0]
@@ -186,6 +192,15 @@ def choose() -> Tier:
             return tier
     state = "exists but needs features this CPU lacks" if wanted in TIERS else "does not exist"
     raise RuntimeError(f"SMOLRUN_TIER={wanted}: that tier {state}; this CPU runs: {names}")
+
+
+def _what_there_is() -> str:
+    from . import bundle
+
+    if not (place := bundle.folder()):
+        return "known are x86_64 and aarch64"
+    facts = bundle.manifest(place)
+    return f"{place} was compiled for {facts['target']}, tiers {', '.join(facts['tiers'])}"
 
 
 def record_bytes(terms: int) -> int:

@@ -76,7 +76,9 @@ def __getattr__(name: str) -> Any:
     elif name == "__version__":
         from importlib.metadata import version  # 10 ms that only `--version` needs
 
-        value = version("smolrun")
+        from smolrun.kernels import bundle
+
+        value = bundle.manifest(place)["smolrun"] if (place := bundle.folder()) else version("smolrun")
     else:
         raise AttributeError(f"module 'smolrun' has no attribute {name!r}; it has {', '.join(__all__)}")
     globals()[name] = value

@@ -119,6 +119,20 @@ class ModelConfig:
             licence=_text(metadata.get("general.license")),
         )._checked(source)
 
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], *, source: str) -> "ModelConfig":
+        """From the fields that a packed model holds.
+
+        Raises:
+            ModelFileError: others than this version's, or values that contradict each other.
+        """
+        try:
+            return cls(**facts)._checked(source)
+        except TypeError:
+            raise ModelFileError(
+                f"{source}: config has {', '.join(facts)}; not this version's (compile it again)"
+            ) from None
+
     def _checked(self, source: str) -> "ModelConfig":
         """Relations between values."""
         if self.head_dim != HEAD_DIM:

@@ -466,6 +466,7 @@ def test_list_rm_pull(run: Run, cache: Path) -> None:
 
 def test_cache(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shown, then cleared: kernels or weights alone, or both."""
+    from smolrun.files.packed import head
     from smolrun.kernels.load import fingerprint
 
     monkeypatch.setenv("SMOLRUN_CACHE_DIR", str(tmp_path))
@@ -477,8 +478,7 @@ def test_cache(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             (kernels / name).mkdir(parents=True)
             (kernels / name / "row_F16.img").write_bytes(bytes(1000))
         weights.parent.mkdir(exist_ok=True)
-        head = json.dumps({"model": "/models/m.gguf"}).encode()
-        weights.write_bytes(b"smolpack" + len(head).to_bytes(4, "little") + head + bytes(2000))
+        weights.write_bytes(head({"model": "/models/m.gguf"}, []) + bytes(2000))
 
     fill()
     code, out, err = run("cache")

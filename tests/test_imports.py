@@ -20,7 +20,7 @@ RANKS = [
     ["smolrun"],  # the door alone: smolrun/__init__.py
     ["smolrun.peer"],
     ["smolrun.verify"],
-    ["smolrun.bench", "smolrun.doctor", "smolrun.quantize", "smolrun.train"],
+    ["smolrun.bench", "smolrun.compile", "smolrun.doctor", "smolrun.quantize", "smolrun.train"],
     ["smolrun.measure"],
     ["smolrun.cli"],
 ]

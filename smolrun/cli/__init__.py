@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,20 +19,8 @@ from smolrun.cli.options import Settings, verbose_option
 from smolrun.errors import OptionError, SmolrunError
 
 VERBS = (
-    "chat",
-    "generate",
-    "batch",
-    "info",
-    "train",
-    "quantize",
-    "verify",
-    "bench",
-    "pull",
-    "list",
-    "rm",
-    "warmup",
-    "cache",
-    "doctor",
+    *("chat", "generate", "batch", "info", "train", "quantize", "compile", "verify", "bench"),
+    *("pull", "list", "rm", "warmup", "cache", "doctor"),
 )
 
 
@@ -39,10 +28,11 @@ class _Verbs(click.Group):
     """`smolrun NAME` is the `command` of smolrun/cli/NAME.py."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        there = {module.name for module in pkgutil.iter_modules(__path__)}  # in a bundle some of them
+        return [name for name in VERBS if name in there]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
+        if name not in self.list_commands(ctx):
             return None
         command: click.Command = importlib.import_module(f"smolrun.cli.{name}").command
         return command

@@ -11,6 +11,8 @@ _LONG_PROMPT = 1024  # shorter ones are read before a line about it could be
 _SAYS = {
     "compile": "compiling kernels (once)",
     "load": "loading",
+    "compiling": "compiling kernels",
+    "packing": "packing the weights",
     "read": "reading",
     "calibrate": "calibrating, layer",
     "quantize": "writing tensor",

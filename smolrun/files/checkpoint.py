@@ -1,12 +1,14 @@
 """A checkpoint, whatever its container: config, tensors under one set of names, tokenizer, chat template.
 
     GGUF file              llama.* and tokenizer.* metadata, q and k rows permuted
+    packed model           what `smolrun compile` makes: panels instead of blocks, and no way back
     Hugging Face folder    config.json, *.safetensors, tokenizer.json, ... q and k rows half-split
 
 Names are GGUF's: token_embd, output_norm, output, blk.{i}.attn_norm | attn_q | attn_k | attn_v | attn_output |
 ffn_norm | ffn_gate | ffn_up | ffn_down, each + ".weight". Nothing is copied: a tensor is a view of a read-only map.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +24,7 @@ from smolrun.files.folder import Folder, Shard, parse_object
 from smolrun.files.gguf import read_gguf
 from smolrun.files.gptq import Packing, layer, packing
 from smolrun.files.mapped import AGAIN, MappedFile
+from smolrun.files.packed import MAGIC, PackedModel
 from smolrun.kernels.formats import FORMATS, dequantize_ref
 
 END_OF_TEXT = "<|endoftext|>"
@@ -100,6 +103,7 @@ class Checkpoint:
     Attributes:
         metadata: GGUF's keys but for the vocabulary, which `tokenizer` holds; for a folder its JSON files by name.
         bytes_total: bytes of all tensors in their files.
+        packed: the open file of a packed model, whose tensors cannot be read but as panels; None for others.
     """
 
     path: Path
@@ -110,6 +114,7 @@ class Checkpoint:
     metadata: dict[str, Any]
     bytes_total: int
     _files: list[MappedFile] = field(default_factory=list, repr=False)
+    packed: PackedModel | None = field(default=None, repr=False)
 
     @property
     def identity(self) -> list[tuple[str, int, int, int]]:
@@ -149,7 +154,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_folder(path)
     if path.suffix == ".safetensors":
         raise ModelFileError(f"{path.name}: weights alone are no model: give the folder that holds config.json too")
-    return _open_gguf(path)
+    with open(path, "rb") as file:
+        return _open_packed(path) if file.read(len(MAGIC)) == MAGIC else _open_gguf(path)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -338,6 +344,41 @@ def _licence(folder: Folder) -> str:
         return ""
     found = re.search(r"^license: *([\w.+-]+) *$", card[:10_000], re.MULTILINE)
     return found[1] if found else ""
+
+
+# --- packed model ----------------------------------------------------------------------------------------------------
+
+
+def _open_packed(path: Path) -> Checkpoint:
+    model = PackedModel(path)
+    try:
+        facts, source = model.facts, path.name
+        config = ModelConfig.from_facts(facts["config"], source=source)
+        shapes = {name: tuple(shape) for name, (_, *shape) in facts["tensors"].items()}
+        _check(source, expected_shapes(config), shapes)
+
+        def refuse() -> np.ndarray:
+            raise UnsupportedModel(f"{source} holds panels for the kernels alone: use the checkpoint it was made from")
+
+        def release() -> None:
+            """Other processes may be using it."""
+
+        tensors = {}
+        for name, (format, *shape) in facts["tensors"].items():
+            nbytes = FORMATS[format].row_bytes(shape[-1]) * math.prod(shape[:-1])
+            tensors[name] = Tensor(name, format, shapes[name], nbytes, False, refuse, release)
+        tables = {name: model.array(name) for name in facts["arrays"] if name != "weights"}
+        special = facts["tokenizer"]
+        tokenizer = TokenizerSource(
+            tables=tables, bos_id=special["bos_id"], eos_ids=tuple(special["eos_ids"]), specials=special["specials"]
+        )
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        return Checkpoint(
+            path, config, tensors, tokenizer, facts["template"], facts["metadata"], total, [model.file], model
+        )
+    except BaseException:
+        model.file.close()
+        raise
 
 
 # --- both ------------------------------------------------------------------------------------------------------------

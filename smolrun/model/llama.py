@@ -35,6 +35,9 @@ PRECISION = {
 ROPE_STEP = 512
 
 
+TEAM_KERNELS = ("team_rouse", "team_run", "worker_loop")
+
+
 def matmul_name(fmt: str, terms: int) -> str:
     """The entry point that multiplies a format by activations of so many int8 terms."""
     return f"matmul_{fmt}_{MODES[terms]}"
@@ -118,7 +121,7 @@ class Llama:
         if not force:
             shapes = [(m.format, m.rows, m.cols) for m in matrices.values()]
             memory.check(checkpoint.path.name, c, shapes, self.context, kv, self.threads)
-        names = [*kernel_names(matrices, precision, kv), "team_rouse", "team_run", "worker_loop"]
+        names = [*kernel_names(matrices, precision, kv), *TEAM_KERNELS]
         try:
             self.tier = choose()
             code = kernels.addresses(

@@ -240,13 +240,18 @@ class Arena:
     """Zeroed memory for several arrays, page by page only when touched."""
 
     def __init__(
-        self, sizes: Mapping[str, int], mapped: mmap.mmap | None = None, offset: int = 0, *, huge: bool = True
+        self,
+        sizes: Mapping[str, int],
+        mapped: mmap.mmap | NDArray[np.uint8] | None = None,
+        offset: int = 0,
+        *,
+        huge: bool = True,
     ) -> None:
-        """mapped: a file that holds the arrays from `offset` on; they are then read-only.
+        """mapped: a file, or a part of one, that holds the arrays from `offset` on; they are then read-only.
 
         huge: on huge pages where the system has them: quicker to read whole, but touched 2 MB at a time.
         """
-        self._memory = mapped or self._anonymous(max(rounded(sizes), 64), huge)
+        self._memory = mapped if mapped is not None else self._anonymous(max(rounded(sizes), 64), huge)
         self.whole: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8, rounded(sizes), offset)
         self.arrays: dict[str, NDArray[np.uint8]] = {
             name: self.whole[first : first + sizes[name]] for name, first in offsets(sizes).items()

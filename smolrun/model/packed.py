@@ -1,7 +1,7 @@
 """Packed weights on disk: the panels of a model as one file, which the next load maps: it packs and copies nothing.
 
-    magic 8 B | length u32 | JSON {"key", "model", "bytes", "sums"} | zeros up to 2 MB        head
-    the arena as it lay in memory                                                             panels, norms
+    head with {"key", "model", "bytes", "sums"}       files/packed.py draws it
+    the arena as it lay in memory                     panels, norms
 
 *Which file.* Its name is a hash of everything that the panels follow from: this layout's own sources, each matrix with
 its format, and the model's files: path, size, times of the last write and of the last change (which no program can set
@@ -21,30 +21,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import mmap
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from smolrun.errors import OptionError
+from smolrun.errors import ModelFileError, OptionError
 from smolrun.files import gptq
+from smolrun.files import packed as container
 from smolrun.files.checkpoint import Checkpoint
+from smolrun.files.packed import HEAD
 from smolrun.kernels import formats, panels
 from smolrun.kernels.load import user_cache
 from smolrun.model import machine, memory
 from smolrun.model.memory import Arena
 
-MAGIC = b"smolpack"
-LENGTH = struct.Struct("<I")
-HEAD = 2 << 20  # the panels begin on a huge page
 HUGE = 2 << 20
-SUMMED = 1 << 17  # 8-byte words of one sum
 SAMPLES, SAMPLE = 16, 4096  # matrices, and bytes of each, that the name depends on
 LIMIT = 4_000_000_000  # bytes of all files together, unless SMOLRUN_CACHE_SIZE says otherwise
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -101,32 +95,19 @@ class Pack:
 
     def write(self, arena: Arena) -> str:
         """Keep an arena for the next load: "", or why it cannot be kept."""
-        part = self.path.with_name(f".{self.path.name}.{os.urandom(6).hex()}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if problem := _make_room(self.path.parent, HEAD + len(arena.whole)):
                 return problem
-            try:
-                with open(part, "xb", buffering=0) as file:
-                    for piece in (memoryview(self._head(arena)), arena.whole.data):
-                        while piece:  # one call writes at most 2 GB; large ones get large pages in the page cache
-                            piece = piece[file.write(piece) :]
-                os.replace(part, self.path)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
+            container.write(self.path, self._head(arena), [arena.whole])
         except OSError as error:
             return f"{self.path.parent}: {error.strerror or error}"
         return ""
 
     def _head(self, arena: Arena) -> bytes:
         """What the file of an arena begins with: its name, its model, and the sums of all that follows."""
-        words = arena.whole.view(np.uint64)
-        whole = len(words) // SUMMED * SUMMED
-        sums = [*words[:whole].reshape(-1, SUMMED).sum(axis=1).tolist(), int(words[whole:].sum())]
-        facts = {"key": self.path.stem, "model": self.model, "bytes": len(arena.whole), "sums": sums}
-        text = json.dumps(facts).encode()
-        return (MAGIC + LENGTH.pack(len(text)) + text).ljust(HEAD, b"\0")
+        facts = {"key": self.path.stem, "model": self.model, "bytes": len(arena.whole)}
+        return container.head(facts, [arena.whole])
 
 
 def pack_of(checkpoint: Checkpoint, wanted: Mapping[str, str], sizes: Mapping[str, int]) -> Pack:
@@ -134,8 +115,9 @@ def pack_of(checkpoint: Checkpoint, wanted: Mapping[str, str], sizes: Mapping[st
 
     wanted: matrix -> format in memory. sizes: array of the arena -> bytes.
     """
-    sources = (formats.__file__, panels.__file__, gptq.__file__, __file__, Path(__file__).with_name("weights.py"))
-    digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources))
+    sources = [Path(str(module.__file__)) for module in (formats, panels, gptq, container)]
+    sources += [Path(__file__), Path(__file__).with_name("weights.py")]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     tensors = checkpoint.tensors
     digest.update(repr([*checkpoint.identity, *sizes.items(), *wanted.items()]).encode())
     digest.update(repr([(name, t.format, t.shape, t.permuted) for name, t in tensors.items()]).encode())
@@ -192,10 +174,9 @@ def entries() -> list[Entry]:
 
 def _model_of(path: Path) -> str:
     with open(path, "rb") as file:
-        magic, length = file.read(8), file.read(4)
         try:
-            return str(json.loads(file.read(LENGTH.unpack(length)[0] if magic == MAGIC else 0))["model"])
-        except (ValueError, KeyError, struct.error):
+            return str((container.read_facts(file.read(HEAD)) or {})["model"])
+        except (ModelFileError, KeyError):
             return ""
 
 

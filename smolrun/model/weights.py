@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
-from smolrun.errors import OptionError, UnsupportedModel
+from smolrun.errors import ModelFileError, OptionError, UnsupportedModel
 from smolrun.files.checkpoint import Checkpoint, Tensor
 from smolrun.kernels.block import HEAD_DIM, LAYER, MATRICES, L, W
 from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS, pack
-from smolrun.model.memory import Arena, panel_bytes
+from smolrun.model.memory import Arena, panel_bytes, rounded
 from smolrun.model.packed import Pack, pack_of
 
 QUANTIZE = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q8_0": "Q8_0", "f16": "F16", "bf16": "BF16", "f32": "F32"}
@@ -86,6 +86,10 @@ def plan(checkpoint: Checkpoint, quantize: str | None) -> dict[str, Matrix]:
         OptionError: an unknown `quantize`, or one for weights that are quantised already.
         UnsupportedModel: a format without panels.
     """
+    if quantize is not None and checkpoint.packed is not None:
+        raise OptionError(
+            f"quantize={quantize!r}: {checkpoint.path.name} is packed already: give it to `smolrun compile`"
+        )
     if quantize is not None and quantize.lower() not in QUANTIZE:
         raise OptionError(f"quantize={quantize!r}: expected one of {', '.join(QUANTIZE)} or None")
     matrices = {}
@@ -109,7 +113,33 @@ def kept(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> Pack:
     """Where the panels and norms of a checkpoint are kept between loads."""
     norms = [n for n, t in checkpoint.tensors.items() if len(t.shape) == 1]
     sizes = {name: m.bytes for name, m in matrices.items()} | dict.fromkeys(norms, 4 * checkpoint.config.dim)
+    if checkpoint.packed is not None:
+        return Pack(checkpoint.path, str(checkpoint.path), sizes)
     return pack_of(checkpoint, {name: m.format for name, m in matrices.items()}, sizes)
+
+
+def panels(
+    checkpoint: Checkpoint, matrices: Mapping[str, Matrix], progress: Callable[[int, int], object] | None = None
+) -> Arena:
+    """Panels and norms of a checkpoint: where they lie in a packed model's file, else from the cache or packed now.
+
+    Raises:
+        ModelFileError: a packed model that is damaged.
+    """
+    pack = kept(checkpoint, matrices)
+    if checkpoint.packed is not None:
+        found = checkpoint.packed.array("weights")
+        if len(found) != rounded(pack.sizes):
+            raise ModelFileError(
+                f"{checkpoint.path.name}: {len(found):,} bytes of weights, {rounded(pack.sizes):,} expected"
+            )
+        return Arena(pack.sizes, found)
+    arena = pack.read()
+    if arena is None:
+        arena = Arena(pack.sizes)
+        _fill(arena, checkpoint, matrices, progress)
+        pack.write(arena)  # what cannot be kept is packed again; `smolrun info` says so
+    return arena
 
 
 def _fill(
@@ -130,19 +160,6 @@ def _fill(
         t = checkpoint.tensors[name]
         values = dequantize_ref(FORMATS[t.format], t.raw.view(FORMATS[t.format].dtype))
         arena.arrays[name].view(np.float32)[:] = values.reshape(-1)
-
-
-def panels(
-    checkpoint: Checkpoint, matrices: Mapping[str, Matrix], progress: Callable[[int, int], object] | None = None
-) -> Arena:
-    """Panels of all matrices, and the norms as f32, by name: from the cache or packed now."""
-    pack = kept(checkpoint, matrices)
-    arena = pack.read()
-    if arena is None:
-        arena = Arena(pack.sizes)
-        _fill(arena, checkpoint, matrices, progress)
-        pack.write(arena)  # what cannot be kept is packed again; `smolrun info` says so
-    return arena
 
 
 @dataclass(frozen=True)
@@ -196,7 +213,7 @@ def tables(
 
 
 class Weights:
-    """Panels of all matrices, from the cache or packed now, and the kernels' table of layers.
+    """Panels of all matrices and the kernels' table of layers.
 
     Args:
         config: the model.

@@ -317,6 +317,7 @@ def gguf_vocabulary(source: TokenizerSource, vocab_size: int) -> dict[str, Any]:
         ModelFileError: a damaged vocabulary.
         UnsupportedModel: a sound tokenizer of another kind, or one that GGUF has no words for.
     """
+    _refuse_tables(source)
     if source.json is None:
         tokens, kinds, merges = list(source.vocab), list(source.token_types), list(source.merges)
     else:
@@ -339,6 +340,11 @@ def gguf_vocabulary(source: TokenizerSource, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def _refuse_tables(source: TokenizerSource) -> None:
+    if source.tables is not None:
+        raise UnsupportedModel("a packed model holds tables and panels alone: use the checkpoint it was made from")
+
+
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     """Merges, each written "a b" (GGUF, older tokenizer.json) or ["a", "b"]."""
     if set(map(type, merges)) == {str} and set(map(str.count, merges, repeat(" "))) == {1}:  # a third of the time
@@ -355,6 +361,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
 
 def _arguments(source: TokenizerSource) -> dict[str, Any]:
     """Arguments of `LibraryBpe`."""
+    _refuse_tables(source)
     if source.json is not None:
         return _read_json(source.json)
     types = zip(source.vocab, source.token_types, strict=False)
