@@ -3,7 +3,8 @@
     build.py (a child per tier)  ->  objects  ->  lld  ->  libsmolrun-TIER.so | .dll | .dylib
 
 The objects are those of the images, from the same functions: kernels call nothing and hold no addresses, so nothing is
-left undefined, no library is needed and one ELF file serves glibc, musl and Android. lld is taken from PATH, or from
+left undefined. The C interface alone (capi.py, Linux and Android) asks for a library, the system's libc, by a name that
+glibc and musl both answer to; Android's is another. lld is taken from PATH, or from
 the PyPI package `ziglang`, which carries it.
 """
 
@@ -109,18 +110,25 @@ def compile_objects(
     return objects
 
 
+def has_c(target: Target) -> bool:
+    """Whether the C interface can be compiled here for a target: that of x86-64 only there, since LLVM's Python package
+    reads assembly (CPUID) of its own machine alone.
+    """
+    return bool(target.libc) and (target.machine != "x86_64" or platform.machine() == "x86_64")
+
+
 def c_interface(tier: Tier, names: Iterable[str], target: Target) -> dict[str, bytes]:
     """Objects of smolrun.h's functions, for a library that also holds the objects of `names`; `link` exports API.
 
     They are compiled for the plainest tier: they say so when the CPU lacks the other's instructions.
 
     Raises:
-        BuildError: not for this target, or not on this machine.
+        BuildError: the target has none, see has_c; the compiling child failed.
     """
-    if not target.libc:
-        raise BuildError(f"the C interface is for Linux and Android, not for {target.name}")
-    if target.machine == "x86_64" != platform.machine():  # LLVM's Python package reads assembly of its own machine only
-        raise BuildError(f"the C interface for {target.name} can be compiled on x86-64 only")
+    if not has_c(target):
+        raise BuildError(
+            f"no C interface for {target.name}: it is for Linux and Android, and x86-64's is made on x86-64"
+        )
     symbols = compile_objects(tier, [f"smolrun_symbol,{','.join(names)}"], target)
     functions = compile_objects(target.tiers[-1], [*API, "smolrun_worker"], target)
     return functions | dict(zip(["smolrun_symbol"], symbols.values(), strict=True))

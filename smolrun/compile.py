@@ -2,6 +2,7 @@
 
     model ---- plan, pack ----------------------------> model.pack                 (files/packed.py)
     kernels -- a child per tier -- objects -- lld ----> libsmolrun-TIER.so         (kernels/link.py)
+    and for C ----------------------------------------> program.bin, smolrun.h     (model/program.py)
     smolrun -- the files that its verbs import -------> smolrun/, vendor/
     all of it with sizes and SHA-256 -----------------> bundle.json                (kernels/bundle.py draws the folder)
 
@@ -32,10 +33,13 @@ from smolrun.files import packed
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.kernels import bundle, link
 from smolrun.kernels.load import BuildError
+from smolrun.kernels.program import API, PROGRAM
 from smolrun.kernels.target import TIERS, Tier
+from smolrun.model import memory
 from smolrun.model.llama import PRECISION, TEAM_KERNELS, kernel_names
+from smolrun.model.program import program
 from smolrun.model.weights import Matrix, panels, plan
-from smolrun.text.tokenizer import tables
+from smolrun.text.tokenizer import Tokenizer, tables
 
 VERBS = ("chat", "generate", "batch", "info", "bench", "doctor")  # those that exist and that need no library
 VENDORED = ("jinja2", "markupsafe", "click")
@@ -153,7 +157,9 @@ def compile_model(
             names |= {*TEAM_KERNELS, *PROBES}
             _write_kernels(part, link.TARGETS[target], tiers, sorted(names), progress)
             _report(progress, "packing", 0, 1)
-            _write_model(part / bundle.MODEL, checkpoint, matrices)
+            where = _write_model(part / bundle.MODEL, checkpoint, matrices)
+            if link.has_c(link.TARGETS[target]):
+                _write_for_c(part, checkpoint, matrices, where, kv)
         version = importlib.metadata.version("smolrun")
         _write_runtime(part)
         facts = {"model": model, "target": target, "version": version, "name": out.name, "least": LEAST_PYTHON}
@@ -193,11 +199,18 @@ def _write_kernels(
             _report(progress, "compiling", first + done, len(names) * len(tiers))
 
         objects = link.compile_objects(tier, names, target, compiled)
-        link.link(objects, names, target, part / _library_name(target, tier))
+        exports = list(names)
+        if link.has_c(target):
+            objects |= link.c_interface(tier, names, target)
+            exports += API
+        link.link(objects, exports, target, part / _library_name(target, tier))
 
 
-def _write_model(path: Path, checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> None:
-    """The packed model: the tables of the tokenizer on huge pages of their own, then the arena of the weights."""
+def _write_model(path: Path, checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> dict[str, int]:
+    """The packed model: the tables of the tokenizer on huge pages of their own, then the arena of the weights.
+
+    Returns where each matrix and norm begins.
+    """
     found = tables(checkpoint.tokenizer)
     arena = panels(checkpoint, matrices)
     where, first = dict[str, tuple[int, int]](), 0
@@ -221,6 +234,28 @@ def _write_model(path: Path, checkpoint: Checkpoint, matrices: Mapping[str, Matr
         "metadata": {"general.name": config.name, "general.license": config.licence},
     }
     packed.write(path, packed.head(facts, [small, arena.whole]), [small, arena.whole])
+    inside = memory.offsets({name: len(array) for name, array in arena.arrays.items()})
+    return {name: where["weights"][0] + first for name, first in inside.items()}
+
+
+def _write_for_c(
+    part: Path, checkpoint: Checkpoint, matrices: Mapping[str, Matrix], where: Mapping[str, int], kv: Sequence[str]
+) -> None:
+    """What C callers need besides: the program, the header and an example."""
+    tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
+    content = program(
+        checkpoint.config,
+        matrices,
+        where,
+        weights=part / bundle.MODEL,
+        kv=kv,
+        precision="fast",
+        tokens=[tokenizer.token_bytes(i) for i in range(checkpoint.config.vocab_size)],
+        ends=tokenizer.eos_ids,
+    )
+    (part / PROGRAM).write_bytes(content)
+    for path in (Path(__file__).parent / "capi").iterdir():
+        _copy(path, part / path.name)
 
 
 def _write_runtime(part: Path) -> None:

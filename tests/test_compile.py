@@ -217,6 +217,22 @@ def test_a_bundle_gives_the_ids_of_the_engine(tier: str, tiny: Tiny, app: Path, 
     assert ids(run(device, app, *GENERATE, **{"SMOLRUN_TIER": tier} if tier else {})) == expected
 
 
+def test_a_bundle_gives_c_callers_the_ids_of_the_engine(tiny: Tiny, app: Path) -> None:
+    with smolrun.load(tiny.gguf, context=128) as llm:
+        expected = llm.generate([5, 6, 7], sampling=GREEDY, max_tokens=24, ignore_eos=True).ids
+    i64, handle, prompt = ctypes.c_int64, ctypes.c_void_p(), (ctypes.c_int32 * 3)(5, 6, 7)
+    for tier in HERE:
+        c = ctypes.CDLL(str(app / f"libsmolrun-{tier}.so"))
+        assert c.smolrun_open(str(app).encode(), b"f16", i64(128), i64(2), ctypes.byref(handle)) == 0
+        found = [c.smolrun_prefill(handle, prompt, i64(3), None)]
+        while len(found) < 24:
+            found.append(c.smolrun_decode(handle, i64(found[-1]), None))
+        c.smolrun_free(handle)
+        assert found == expected
+    source = Path(smolrun.__file__).parent / "capi"
+    assert all((app / path.name).read_bytes() == path.read_bytes() for path in source.iterdir())
+
+
 def test_a_chat_turn(tiny: Tiny, app: Path, device: Path) -> None:
     with smolrun.load(tiny.gguf, context=256) as llm:
         expected = llm.chat([{"role": "user", "content": "Hé 12"}], sampling=GREEDY, max_tokens=12).text
