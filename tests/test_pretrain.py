@@ -28,6 +28,7 @@ from smolrun.train import Batch, tasks
 from smolrun.train.data import Corpus, Vocabulary, read_tokenizer, tokens_of
 from smolrun.train.data import texts as every_text
 from smolrun.train.filter import Head, Reader, keep_best
+from smolrun.train.plot import Drawing, draw
 from smolrun.train.pretrain import Feed, reweight
 from smolrun.train.recipe import Pretrain, Reweight, Source, read_recipe
 from smolrun.train.rows import BadRow, Row, files, read_rows
@@ -492,6 +493,24 @@ def test_going_on_with_a_model(recipe: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(before, tiny.weights["token_embd.weight"])
         assert plan.run()
         assert (model.parameters.get("token_embd.weight") != before).any()
+
+
+def test_the_curve_is_drawn(done: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (done / "plot.svg").unlink()
+    with open(done / "log.jsonl", "a") as log:
+        log.write('{"kind": "step", "torn')
+    draw(done)
+    svg = (done / "plot.svg").read_text()
+    assert svg.startswith("<?xml") and svg.count("<path") > 10
+    draw(tmp_path)  # no steps yet, no drawing
+    assert not (tmp_path / "plot.svg").exists()
+
+
+def test_without_matplotlib_it_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    drawing = Drawing(tmp_path)
+    assert [bool(drawing.told({"kind": "step"})) for _ in range(3)] == [True, False, False]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -22,14 +22,13 @@ class Drawing:
     def __init__(self, out: Path) -> None:
         self.out = out
         self._drawn = time.monotonic()
-        self._missing = importlib.util.find_spec("matplotlib") is None
+        self._missing, self._said = importlib.util.find_spec("matplotlib") is None, False
 
     def told(self, facts: Facts) -> str:
         """Draw if it is time to; what a person should know, or ""."""
         if self._missing:
-            missing, self._missing = self._drawn > 0, True
-            self._drawn = 0.0
-            return "no plot.svg is drawn without matplotlib: pip install 'smolrun[plot]'" if missing else ""
+            said, self._said = self._said, True
+            return "" if said else "no plot.svg is drawn without matplotlib: pip install 'smolrun[train]'"
         if facts["kind"] in ("evaluation", "step") and time.monotonic() - self._drawn > SECONDS:
             self.draw()
         return ""
