@@ -145,7 +145,8 @@ def cache_folders() -> Iterator[Path]:
 
 def image_path(folder: Path, tier: Tier, name: str, suffix: str = ".img") -> Path:
     """Where one of the cache's folders keeps an image (or, under another suffix, what link.py takes)."""
-    return folder / image_key(tier, name) / f"{name}{suffix}"
+    file = name if len(name) < 100 else hashlib.sha256(name.encode()).hexdigest()  # of a table of many names
+    return folder / image_key(tier, name) / f"{file}{suffix}"
 
 
 def keep(tier: Tier, name: str, content: bytes, suffix: str = ".img") -> Path | None:

