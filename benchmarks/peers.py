@@ -70,6 +70,7 @@ PACKAGES = {
     "ctranslate2": ["ctranslate2", "transformers<5", "torch"],
     "onnxruntime-genai": ["onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "transformers", "torch"],
     "torch": ["torch", "transformers"],
+    "peft": ["torch", "transformers", "peft"],  # benchmarks/tune.py
 }
 # peer -> our format -> its own precisions of about that width. A precision that is a GGUF format is made from that very
 # file, any other from the F16 file.

@@ -47,9 +47,16 @@ B = words(
 #     tokens      a17 b0 b1 b2 b3 c99      segments   first 0 count 1 start 17    first 1 count 4 start 0    first 5 ...
 S = words("first count start pages parts")
 
-# One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, and int8
-# terms of its activations (0: f32).
-W = words("matmul panel groups blocks step terms")
+# One weight matrix: the kernel that multiplies it, its panels, row groups, k / 32, row groups of one claim, int8 terms
+# of its activations (0: f32), and the words of its adapter (0: none).
+W = words("matmul panel groups blocks step terms adapter")
+
+# A low-rank adapter beside a matrix: y += u up^T, u = scale x down^T (LoRA, arXiv 2106.09685), all of it f32 whatever
+# the matrix. down (rank, k) and up (rows, rank) are F32 panels, `matmul` their kernel. groups: row groups of down;
+# blocks: of 32 ranks, zeros beyond the last; u: as the activations of a matmul, for all tokens of a pass; place: of the
+# matrix among those that read the same x.
+A = words("matmul down up groups blocks scale u place")
+MOST_RANK = 1024
 
 # One layer: two norms (addresses of f32 (dim,)), then seven matrices of W.size words.
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -97,10 +104,10 @@ VALUES_SCRATCH = 2 * 2 * ROW_TILE * PAGE + 4 * PAGE + 64
 # Scratch of a span: scores, the above, int8 records of q (256 bytes a row).
 SPAN_SCRATCH = ROW_TILE * (4 * SPAN + 256) + VALUES_SCRATCH
 # A thread's scratch: attention's q, its span's, partials and a copy of one head; then one row of max_k floats, and as
-# activations of 4 + 4 bytes a float (int8 terms, f32); then an unpacked row group.
+# activations of 4 + 4 bytes a float (int8 terms, f32); then an unpacked row group; then u of three adapters.
 ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + 2 * PART) + HEAD_DIM) + SPAN_SCRATCH
 
 
 def scratch_bytes(max_k: int) -> int:
     """Bytes of scratch a thread needs for matrices of up to max_k columns; a multiple of a cache line."""
-    return -(-(ATTENTION_SCRATCH + (4 + 8 + 64) * max_k) // LINE) * LINE
+    return -(-(ATTENTION_SCRATCH + (4 + 8 + 64) * max_k + 3 * 4 * MOST_RANK) // LINE) * LINE

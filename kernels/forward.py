@@ -12,8 +12,9 @@
     norm                      x -> out                             tokens
 
 A phase ends when all of its items are done, whoever did them (team.py). Of a single token, `prepare` is no phase: every
-thread makes the activations for itself, which takes less than waiting for them. `classify` is a second entry: prefill
-needs logits of its last token only, and the classifier is 21 % of the 135M weights.
+thread makes the activations for itself, which takes less than waiting for them. A matrix may have an adapter: `prepare`
+then makes its u too, and who multiplies a row group adds u up^T. `classify` is a second entry: prefill needs logits of
+its last token only, and the classifier is 21 % of the 135M weights.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .attention import make_attention, merge_spans, segment_of
-from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, PHASES, B, S, T, W
+from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, MOST_RANK, PHASES, A, B, S, T, W
 from .jit import kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
-from .simd import call_word, get_f32, get_i64, i64, void
+from .simd import call_word, f32, get_f32, get_i64, i64, vload, void, vsplat, vstore
 from .target import record_bytes
 from .team import claim, done, wait
 
@@ -71,6 +72,46 @@ def prepare(block, x, k, t, terms, floats, row):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def narrowed(block, a, row):  # type: ignore[no-untyped-def]
+    """Where u of an adapter lies: that of a single token in each thread's scratch."""
+    if get_i64(block + B.n) == 1:
+        return unpacked_of(block, row) + 64 * get_i64(block + B.max_k) + 4 * MOST_RANK * get_i64(a + A.place)
+    return get_i64(a + A.u)
+
+
+@kernel
+def narrow(block, w, t, x, row):  # type: ignore[no-untyped-def]
+    """Token t's u of w's adapter, from the f32 row x that w multiplies."""
+    a, n, out = get_i64(w + W.adapter), get_i64(block + B.n), unpacked_of(block, row)
+    rank, groups, tile = 32 * get_i64(a + A.blocks), get_i64(a + A.groups), get_i64(block + B.tile_f32)
+    vstore(out + 64 * groups, vsplat(f32(0.0)))  # ranks come in 32, row groups in 16
+    call_matmul(
+        get_i64(a + A.matmul), get_i64(a + A.down), get_i64(w + W.blocks), 0, groups, x, 1, out, rank, 0, 0
+    )  # fmt: skip
+    scale = vsplat(get_f32(a + A.scale))
+    for j in range(0, rank, 16):
+        vstore(out + 4 * j, vload(out + 4 * j) * scale)
+    t0 = t // tile * tile
+    interleave(out, rank, narrowed(block, a, row) + (t0 * rank + t - t0) * 4, min(tile, n - t0) * 4)
+
+
+@kernel
+def product(block, w, g, end, y, y_stride, add, row):  # type: ignore[no-untyped-def]
+    """Row groups g..end of y (+)= act W^T, and what w's adapter adds."""
+    n, unpacked = get_i64(block + B.n), unpacked_of(block, row)
+    call_matmul(
+        get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end,
+        activations(block, get_i64(w + W.terms), row), n, y, y_stride, add, unpacked,
+    )  # fmt: skip
+    a = get_i64(w + W.adapter)
+    if a:
+        call_matmul(
+            get_i64(a + A.matmul), get_i64(a + A.up), get_i64(a + A.blocks), g, end,
+            narrowed(block, a, row), n, y, y_stride, 1, unpacked,
+        )  # fmt: skip
+
+
+@kernel
 def groups_and_step(block, w):  # type: ignore[no-untyped-def]
     """Row groups of a matrix, and of one claim: long runs of memory for a single token, else what stays in L2."""
     groups = get_i64(w + W.groups)
@@ -84,17 +125,12 @@ def groups_and_step(block, w):  # type: ignore[no-untyped-def]
 def multiply(block, w, counter, y, y_stride, add, row):  # type: ignore[no-untyped-def]
     """y (+)= act W^T, row groups claimed in steps."""
     groups, step = groups_and_step(block, w)
-    act = activations(block, get_i64(w + W.terms), row)
-    unpacked = unpacked_of(block, row)
     while True:
         g = claim(counter, step)
         if g >= groups:
             return
         end = min(g + step, groups)
-        call_matmul(
-            get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end,
-            act, get_i64(block + B.n), y, y_stride, add, unpacked,
-        )  # fmt: skip
+        product(block, w, g, end, y, y_stride, add, row)
         done(counter, end - g)
 
 
@@ -111,10 +147,7 @@ def gated(block, layer, counter, row):  # type: ignore[no-untyped-def]
             return
         end = min(g + step, groups)
         for w, y in ((wg, gate), (wu, up)):
-            call_matmul(
-                get_i64(w + W.matmul), get_i64(w + W.panel), get_i64(w + W.blocks), g, end,
-                activations(block, get_i64(w + W.terms), row), n, y, hidden, 0, unpacked_of(block, row),
-            )  # fmt: skip
+            product(block, w, g, end, y, hidden, 0, row)
         for t in range(n):
             first = 4 * (t * hidden + 16 * g)
             swiglu(gate + first, up + first, 16 * (end - g))
@@ -122,7 +155,7 @@ def gated(block, layer, counter, row):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def prepare_row(block, x, t, k, norm, terms, floats, split, row):  # type: ignore[no-untyped-def]
+def prepare_row(block, x, t, k, norm, w, readers, terms, floats, split, row):  # type: ignore[no-untyped-def]
     """Activations of one token; the arguments are those of prepare_rows."""
     if split:
         segment = segment_of(block, t)
@@ -133,6 +166,9 @@ def prepare_row(block, x, t, k, norm, terms, floats, split, row):  # type: ignor
         rmsnorm(x, norm, k, get_f32(block + B.eps), row)
         x = row
     prepare(block, x, k, t, terms, floats, row)
+    for i in range(readers):
+        if get_i64(w + 8 * i * W.size + W.adapter):
+            narrow(block, w + 8 * i * W.size, t, x, row)
 
 
 @kernel
@@ -152,13 +188,13 @@ def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):
         terms = max(terms, t)
         floats += t == 0
     if n == 1:
-        prepare_row(block, rows, 0, k, norm, terms, floats, split, row)
+        prepare_row(block, rows, 0, k, norm, w, readers, terms, floats, split, row)
         return 0
     while True:
         t = claim(counter, 1)
         if t >= n:
             break
-        prepare_row(block, rows + 4 * t * stride, t, k, norm, terms, floats, split, row)
+        prepare_row(block, rows + 4 * t * stride, t, k, norm, w, readers, terms, floats, split, row)
         done(counter, 1)
     return wait(get_i64(block + B.team), counter, n)
 

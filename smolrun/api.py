@@ -42,6 +42,7 @@ from smolrun.answer import (
 from smolrun.config import ModelConfig
 from smolrun.errors import ContextOverflow, ModelClosed, OptionError, SmolrunError
 from smolrun.files.checkpoint import open_checkpoint
+from smolrun.files.peft import read_adapter
 from smolrun.files.sources import resolve
 from smolrun.generate.batch import Batch, Event, Seat
 from smolrun.generate.engine import Cancel, Model, Progress, Step, check_ids, check_prompt, logits_from
@@ -73,6 +74,8 @@ def load(
     precision: str = "fast",
     speculate: str | None = None,
     draft: str | Path | None = None,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
     force: bool = False,
     offline: bool = False,
     progress: Callable[[str, int, int], object] | None = None,
@@ -91,6 +94,8 @@ def load(
         speculate: "lookup" guesses the next ids from earlier ones of prompt and answer, and checks several in one pass:
             answers that quote (a summary, edited code) come faster. Every answer stays what it is, bit for bit.
         draft: a source of a smaller model of the same vocabulary that guesses. Both may be given.
+        adapter: a LoRA folder as `smolrun train` and peft write it, see `LLM.set_adapter`.
+        adapter_scale: how much of it; 0 is none, 1 as it was trained.
         force: load it even where the available memory seems too small.
         offline: never ask the network.
         progress: called with ("compile" or "load", done, total): the very first start compiles the kernels.
@@ -127,7 +132,14 @@ def load(
         digest = partial(model_digest, checkpoint, quantize=quantize, kv=kv, precision=precision)
         release = opened.pop_all().close
     sessions = Sessions(model, digest)
-    return LLM(model, tokenizer, template, release=release, speculator=speculator, sessions=sessions)
+    llm = LLM(model, tokenizer, template, release=release, speculator=speculator, sessions=sessions)
+    if adapter is not None:
+        try:
+            llm.set_adapter(adapter, adapter_scale)
+        except BaseException:
+            llm.close()
+            raise
+    return llm
 
 
 @contextmanager
@@ -482,6 +494,35 @@ class LLM:
             if is_answer(message) and "ids" in message:
                 self._memory.remember(messages[:at], message["content"], message.pop("ids"))
         return session
+
+    def set_adapter(self, source: str | Path | None, scale: float = 1.0) -> None:
+        """Answers from now on with a LoRA adapter, with another one, or with none. The base is not read again.
+
+        It is computed beside the weights in f32, so it is exact on quantised ones too. What the cache knew is
+        forgotten. An answer that is being read meanwhile goes on with the new adapter.
+
+        Args:
+            source: a folder as `smolrun train` and peft write it (adapter_config.json, adapter_model.safetensors); None
+                for the base model alone.
+            scale: how much of it: 1 as it was trained, 0.5 half, 0 none.
+
+        Raises:
+            ModelNotFound, ModelFileError, UnsupportedModel: no adapter, a damaged one, one of another model or kind;
+                everything is then as before.
+            OptionError: a scale that is no number.
+
+        >>> with smolrun.load(tiny, context=256) as llm:
+        ...     llm.set_adapter(None)
+        """
+        if not isinstance(self._model, Llama):
+            raise OptionError("this LLM was put together by hand: smolrun.load makes one that takes adapters")
+        if not np.isfinite(scale):
+            raise OptionError(f"the adapter's scale is {scale}, a finite number expected")
+        found = None if source is None else read_adapter(source, self.config)
+        with self._computing():
+            self._model.set_adapter(found, float(scale))
+            if self._sessions is not None:
+                self._sessions.adapter = b"" if found is None else found.digest + repr(float(scale)).encode()
 
     def _own_sessions(self) -> Sessions:
         if self._sessions is None:

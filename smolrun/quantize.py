@@ -23,8 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.errors import ModelFileError, OptionError
+from smolrun.export import is_rotary, merge, repaired, rows_of, values_of
 from smolrun.files.checkpoint import Checkpoint, Tensor, open_checkpoint
 from smolrun.files.gguf import WriteTensor, write_gguf
+from smolrun.files.peft import read_adapter
 from smolrun.files.sources import resolve
 from smolrun.kernels.block import HEAD_DIM
 from smolrun.kernels.formats import FORMATS, dequantize_ref
@@ -106,6 +108,8 @@ def quantize_file(
     kind: str = "q4_k_m",
     *,
     calibrate: str | None = None,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
     threads: int | None = None,
     offline: bool = False,
     progress: Progress | None = None,
@@ -118,6 +122,8 @@ def quantize_file(
         kind: a key of KINDS.
         calibrate: a text that says which columns matter, at most CALIBRATION_TOKENS of it; some pages of what the model
             is to read.
+        adapter: a LoRA folder that is merged into the weights first, as `LLM.set_adapter` takes it.
+        adapter_scale: how much of it.
         threads: None: one per physical core.
         offline: never ask the network.
         progress: called with (stage, done, total).
@@ -135,7 +141,10 @@ def quantize_file(
     if target.exists() and path.exists() and target.samefile(path):
         raise OptionError(f"{target} is the source itself: give another file to write")
     say = progress or (lambda *_: None)
-    with open_checkpoint(path) as checkpoint, ThreadPoolExecutor(threads or available_cores()) as pool:
+    with open_checkpoint(path) as opened, ThreadPoolExecutor(threads or available_cores()) as pool:
+        checkpoint = opened
+        if adapter is not None:
+            checkpoint = merge(opened, read_adapter(adapter, opened.config), adapter_scale)
         metadata = gguf_metadata(checkpoint, KINDS[kind].file_type)
         weights: Mapping[str, F32Array] = {}
         if calibrate is not None:
@@ -182,44 +191,22 @@ def gets_more(layer: int, n_layers: int) -> bool:
     return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _rows(tensor: Tensor, raw: NDArray[np.uint8], *, permuted: bool) -> F32Array:
-    """Rows (n, row_bytes), whole heads of them, as float32 in interleaved (permuted) or half-split rotary order."""
-    values: F32Array = dequantize_ref(FORMATS[tensor.format], raw).reshape(len(raw), -1)
-    return values if tensor.permuted == permuted or not _is_rotary(tensor) else _repaired(values, permuted)
-
-
-def _vector(tensor: Tensor) -> F32Array:
-    values: F32Array = dequantize_ref(FORMATS[tensor.format], tensor.raw).reshape(-1)
-    return values
-
-
-def _is_rotary(tensor: Tensor) -> bool:
-    return tensor.name.endswith(("attn_q.weight", "attn_k.weight"))
-
-
-def _repaired(rows: NDArray[Any], interleave: bool) -> NDArray[Any]:
-    """Rows of heads with pairs (i, i + 32) as neighbours (2i, 2i + 1), or back."""
-    pairs = (2, HEAD_DIM // 2) if interleave else (HEAD_DIM // 2, 2)
-    out: NDArray[Any] = rows.reshape(-1, *pairs, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-    return out
-
-
 def _blocks(
     tensor: Tensor, wanted: str, weights: F32Array | None, pool: ThreadPoolExecutor, label: str
 ) -> NDArray[Any]:
     """The tensor's blocks in another format, rows in GGUF's order. What has that format already is kept as it is."""
     fmt = FORMATS[wanted]
     if len(tensor.shape) == 1:
-        return _vector(tensor)
+        return values_of(tensor)
     raw = tensor.raw.reshape(tensor.shape[0], -1)
     if tensor.format == wanted:
-        return _repaired(raw, True) if _is_rotary(tensor) and not tensor.permuted else raw
+        return repaired(raw, True) if is_rotary(tensor) and not tensor.permuted else raw
     rows, cols = tensor.shape
     out = np.empty((rows, cols // fmt.block), fmt.dtype)
     step = max(1, STEP_WEIGHTS // cols // HEAD_DIM) * HEAD_DIM
 
     def convert(first: int) -> None:
-        values = _rows(tensor, raw[first : first + step], permuted=True)
+        values = rows_of(tensor, raw[first : first + step], permuted=True)
         out[first : first + step] = quantize(fmt, values, weights)
 
     try:
@@ -296,7 +283,7 @@ def importance(checkpoint: Checkpoint, ids: Sequence[int], *, progress: Progress
     count = sum(map(len, parts))
 
     def matrix(name: str) -> F32Array:
-        return _rows(tensors[name], tensors[name].raw.reshape(tensors[name].shape[0], -1), permuted=False)
+        return rows_of(tensors[name], tensors[name].raw.reshape(tensors[name].shape[0], -1), permuted=False)
 
     def note(x: F32Array, *names: str) -> None:
         for name in names:
@@ -312,12 +299,12 @@ def importance(checkpoint: Checkpoint, ids: Sequence[int], *, progress: Progress
         q, k, v, o, gate, up, down = (f"{at}{name}.weight" for name in names)
         w = {name: matrix(name) for name in (q, k, v, o, gate, up, down)}
         for x in states:  # (n, dim), changed in place
-            h = _rmsnorm(x, _vector(tensors[f"{at}attn_norm.weight"]), c.norm_eps)
+            h = _rmsnorm(x, values_of(tensors[f"{at}attn_norm.weight"]), c.norm_eps)
             note(h, q, k, v)
             h = _attention(h @ w[q].T, h @ w[k].T, h @ w[v].T, turns[: len(x)])
             note(h, o)
             x += h @ w[o].T
-            h = _rmsnorm(x, _vector(tensors[f"{at}ffn_norm.weight"]), c.norm_eps)
+            h = _rmsnorm(x, values_of(tensors[f"{at}ffn_norm.weight"]), c.norm_eps)
             note(h, gate, up)
             g = h @ w[gate].T
             h = g / (1 + np.exp(-g)) * (h @ w[up].T)
@@ -329,7 +316,7 @@ def importance(checkpoint: Checkpoint, ids: Sequence[int], *, progress: Progress
             progress("calibrate", i + 1, c.n_layers)
     for x in states:
         note(
-            _rmsnorm(x, _vector(tensors["output_norm.weight"]), c.norm_eps),
+            _rmsnorm(x, values_of(tensors["output_norm.weight"]), c.norm_eps),
             "token_embd.weight" if c.tied else "output.weight",
         )
     return sums

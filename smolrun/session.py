@@ -103,12 +103,13 @@ class Sessions:
     def __init__(self, model: Llama, digest: Callable[[], bytes]) -> None:
         self._model, self._ask = model, digest
         self._digest: bytes | None = None
+        self.adapter = b""  # digest of what is computed beside the model's own weights
 
     @property
     def _own(self) -> bytes:
         if self._digest is None:
             self._digest = self._ask()
-        return self._digest
+        return hashlib.sha256(self._digest + self.adapter).digest() if self.adapter else self._digest
 
     def save(self, path: Path, ids: Sequence[int], messages: Sequence[Mapping[str, Any]] | None) -> None:
         """Computes what the cache lacks of `ids`, and writes the file: beside its name first, then renamed.
@@ -156,8 +157,8 @@ class Sessions:
             raise SessionError(f"{path}: a session of version {version}, this smolrun reads {VERSION}: save it anew")
         if digest != self._own or page_size != cache.page_size:
             raise SessionError(
-                f"{path}: a session of another model, or of one loaded with another kv, precision or quantize: "
-                "load that model, or save the session anew"
+                f"{path}: a session of another model, or of one loaded with another adapter, kv, precision or "
+                "quantize: load that model, or save the session anew"
             )
         pages = -(-n // PAGE)
         size = HEAD.size + 4 * n + m + pages * page_size + DIGEST_BYTES

@@ -100,6 +100,8 @@ LOAD = {
     ("--precision", "exact"): ("precision", "exact"),
     ("--speculate", "lookup"): ("speculate", "lookup"),
     ("--draft", str(DRAFT)): ("draft", DRAFT),
+    ("--adapter", "some"): ("adapter", Path("some")),
+    ("--adapter-scale", "0.5"): ("adapter_scale", 0.5),
     ("--offline",): ("offline", True),
 }
 SAMPLING = {

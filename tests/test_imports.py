@@ -18,7 +18,7 @@ RANKS = [
     ["smolrun.answer", "smolrun.session"],
     ["smolrun.api"],
     ["smolrun"],  # the door alone: smolrun/__init__.py
-    ["smolrun.peer"],
+    ["smolrun.export", "smolrun.peer"],
     ["smolrun.verify"],
     ["smolrun.bench", "smolrun.compile", "smolrun.doctor", "smolrun.quantize", "smolrun.train"],
     ["smolrun.measure"],

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import click
 
-from smolrun.cli.options import LoadOptions, load_options, verbose_option
+from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 from smolrun.errors import OptionError
 
 
@@ -46,7 +46,7 @@ command = _Bench("bench", help="Measure speed.")
     "--format", "shape", type=click.Choice(["table", "json", "csv", "html", "svg"]), default="table", show_default=True
 )
 @click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="File to write.")
-@load_options("context", "threads")
+@load_options("context", "threads", *ADAPTER)
 @verbose_option
 def run(
     model: str | None, sustained: float | None, shape: str, output: IO[str], load: LoadOptions, **given: object

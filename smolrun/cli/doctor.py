@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from smolrun.cli.options import LoadOptions, load_options, verbose_option
+from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 from smolrun.cli.table import size
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("doctor")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@load_options("context", "threads", "quantize", "kv", "precision", "speculate", "draft", "force")
+@load_options("context", "threads", "quantize", "kv", "precision", "speculate", "draft", "force", *ADAPTER)
 @verbose_option
 def command(model: str | None, as_json: bool, load: LoadOptions) -> None:
     """Examine this machine.

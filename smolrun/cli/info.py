@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from smolrun.cli.options import LoadOptions, load_options, verbose_option
+from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 from smolrun.cli.table import columns, size
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _PARTS = ("weights", "kv", "scratch", "process")
 @click.command("info")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@load_options("precision", "speculate", "draft", "force")
+@load_options("precision", "speculate", "draft", "force", *ADAPTER)
 @verbose_option
 def command(model: str | None, as_json: bool, load: LoadOptions) -> None:
     """Show what a model is and needs.

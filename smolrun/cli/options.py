@@ -82,9 +82,15 @@ _LOAD = {
         "--speculate", type=click.Choice(["lookup"]), help="Guess ids that were seen before; same answer, often sooner."
     ),
     "draft": click.option("--draft", metavar="MODEL", help="A smaller model that guesses for MODEL; same answer."),
+    "adapter": click.option(
+        "--adapter", type=click.Path(file_okay=False, path_type=Path), help="A LoRA folder, of peft or smolrun train."
+    ),
+    "adapter_scale": click.option("--adapter-scale", type=float, metavar="X", help="How much of the adapter [1.0]."),
     "force": click.option("--force", is_flag=True, default=None, help="Load it even if memory seems too small."),
     "offline": click.option("--offline", is_flag=True, default=None, help="Never use the network."),
 }
+
+ADAPTER = ("adapter", "adapter_scale")  # for verbs that only look at a model
 
 _SAMPLING = {
     "temperature": click.option("--temperature", type=float, metavar="T", help="0 is greedy [0.2]."),

@@ -11,6 +11,7 @@ import click
 from smolrun.cli import progress
 from smolrun.cli.options import LoadOptions, decode, load_options, verbose_option
 from smolrun.cli.table import columns, size
+from smolrun.errors import OptionError
 
 SHIPPED = "the shipped text"
 
@@ -26,7 +27,7 @@ SHIPPED = "the shipped text"
     "--kl", "kl_text", is_flag=False, flag_value=SHIPPED, metavar="[FILE]", help="Measure the loss on a text."
 )
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@load_options("context", "quantize", "kv", "precision")
+@load_options("context", "quantize", "kv", "precision", "speculate", "draft")
 @verbose_option
 def command(
     model: str,
@@ -51,6 +52,8 @@ def command(
     text = None if kl_text is None else sample_text() if kl_text is SHIPPED else read(Path(kl_text))
     settings = {**load.settings, **progress.loading()}
     force = settings.pop("force", False)
+    if text is not None and "adapter" in settings:
+        raise OptionError("--kl compares with MODEL, which is another one without the adapter: measure it alone")
     written = quantize_file(path, target, kind, calibrate=read(calibrate) if calibrate else None, **settings)
     if written.twice:
         formats = ", ".join(f"{count} {name}" for name, count in sorted(written.twice.items()))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from smolrun.cli import progress
-from smolrun.cli.options import LoadOptions, load_options, verbose_option
+from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 from smolrun.cli.table import columns, size
 
 if TYPE_CHECKING:
@@ -75,6 +75,19 @@ task_command(
 )
 
 
+task_command(
+    "sft",
+    """Fine-tune a model on dialogues, or on prompts and completions; LoRA and QLoRA with a table [lora].
+
+    The result is a Hugging Face folder in run.out/model, or an adapter in run.out/adapter for `smolrun chat --adapter`.
+    """,
+)
+task_command(
+    "dpo",
+    """Fine-tune a model on pairs of answers, one chosen and one rejected, by direct preference optimisation.""",
+)
+
+
 @command.command("check")
 @recipe_options
 def check(config: Path, changes: tuple[str, ...]) -> None:
@@ -115,7 +128,7 @@ def tokenizer(sources: tuple[str, ...], out: Path, vocab_size: int, field: str) 
 @click.option("--field", default="text", show_default=True, help="Of a row, the text.")
 @click.option("--label", default="label", show_default=True, help="Of a labelled row, the number.")
 @click.option("--tokens", type=int, default=512, show_default=True, metavar="N", help="Of a document that are read.")
-@load_options("context", "kv", "speculate", "draft")
+@load_options("context", "kv", "speculate", "draft", *ADAPTER)
 @verbose_option
 def filter_(
     model: str, source: str, target: Path, labelled: str, share: float, field: str, label: str, tokens: int,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from smolrun.cli.options import LoadOptions, load_options, verbose_option
+from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 
 
 @click.command("verify")
@@ -15,7 +15,7 @@ from smolrun.cli.options import LoadOptions, load_options, verbose_option
 @click.option("--max-tokens", type=int, metavar="N", help="Tokens of the text at most.")
 @click.option("--window", type=int, metavar="N", help="Tokens of each independent run.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@load_options("context", "quantize", "speculate", "draft")
+@load_options("context", "quantize", "speculate", "draft", *ADAPTER)
 @verbose_option
 def command(model: str | None, as_json: bool, load: LoadOptions, **given: object) -> None:
     """Check the precision contract.

@@ -89,14 +89,20 @@ class Folder:
         text = self.text(name)
         return None if text is None else parse_object(text, name)
 
-    def shards(self) -> dict[str, Shard]:
+    def shards(self, name: str | None = None) -> dict[str, Shard]:
         """Every tensor: of model.safetensors, else of the files its index lists, else of the only *.safetensors.
+
+        name: of this file alone.
 
         Raises:
             ModelFileError: no weights; a damaged file; an index that lies.
             UnsupportedModel: a dtype other than F32, F16, BF16.
         """
         out: dict[str, Shard] = {}
+        if name is not None and self.find(name) is None:
+            raise ModelFileError(f"{self.name}: {name} is missing {AGAIN}")
+        if name is not None:
+            return dict(self._tensors(name))
         index = None if self.find(SINGLE) else self.json(INDEX)
         if index is None:
             for name, shard in self._tensors(self._single()):

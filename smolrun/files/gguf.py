@@ -25,6 +25,7 @@ import numpy as np
 
 from smolrun.errors import ModelFileError, OptionError, UnsupportedModel
 from smolrun.files.mapped import AGAIN, MappedFile
+from smolrun.files.whole import whole
 from smolrun.kernels.formats import FORMATS, Format, by_ggml_type
 
 MAGIC = b"GGUF"
@@ -342,22 +343,14 @@ def write_gguf(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensor
         sizes.append(tensor_nbytes(FORMATS[tensor.format], tensor.shape))
         offset += -(-sizes[-1] // alignment) * alignment
     head += bytes(-len(head) % alignment)
-    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(head)
-            for tensor, size in zip(tensors, sizes, strict=True):
-                data = np.ascontiguousarray(tensor.data() if callable(tensor.data) else tensor.data)
-                if data.nbytes != size:
-                    raise OptionError(f"tensor {tensor.name}: {size:,} bytes expected, {data.nbytes:,} given")
-                file.write(data.reshape(-1).view(np.uint8).data)
-                file.write(bytes(-size % alignment))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole(path) as file:
+        file.write(head)
+        for tensor, size in zip(tensors, sizes, strict=True):
+            data = np.ascontiguousarray(tensor.data() if callable(tensor.data) else tensor.data)
+            if data.nbytes != size:
+                raise OptionError(f"tensor {tensor.name}: {size:,} bytes expected, {data.nbytes:,} given")
+            file.write(data.reshape(-1).view(np.uint8).data)
+            file.write(bytes(-size % alignment))
 
 
 def _pack_string(text: str) -> bytes:

@@ -152,6 +152,11 @@ class KVCache:
         while sum(not slot.busy for slot in self._slots) > MAX_IDLE:
             self._evict()
 
+    def clear(self) -> None:
+        """Forget all idle slots: what computes keys and values has changed."""
+        while self._evict():
+            pass
+
     def _fork(self, source: Slot | None, keep: int) -> Slot:
         slot = Slot(self)
         if source is not None and keep:

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from smolrun.config import ModelConfig
 from smolrun.errors import KernelError, ModelClosed, OptionError
 from smolrun.files.checkpoint import Checkpoint
+from smolrun.files.peft import LowRank
 from smolrun.kernels import load as kernels
 from smolrun.kernels.block import MATRICES, PART, SPAN, B, S, f32_bits, scratch_bytes
 from smolrun.kernels.panels import PANELS, ROWS
 from smolrun.kernels.target import choose, token_tile
 from smolrun.model import machine, memory, rope
+from smolrun.model.adapter import PackedAdapter
 from smolrun.model.cache import KVCache, Slot
 from smolrun.model.weights import Matrix, Weights, kind_of, plan
 from smolrun.model.workers import Team
@@ -134,6 +136,7 @@ class Llama:
             (lambda done, all_: progress("load", done, all_)) if progress else None,
         )  # fmt: skip
         self.formats = sorted({m.format for m in matrices.values()})
+        self._adapter: PackedAdapter | None = None
         self.cache = KVCache(memory.page_bytes(c, kv), self.context)
         self._theta = c.rope_theta
         self._rope_filled = 0
@@ -276,6 +279,23 @@ class Llama:
             rows = self._array("rope").reshape(-1, 2, self.config.head_dim // 2)
             rows[self._rope_filled : end] = rope.table(self._theta, self._rope_filled, end)
             self._rope_filled = end
+
+    def set_adapter(self, adapter: LowRank | None, scale: float = 1.0) -> None:
+        """Compute with an adapter for this shape, its own scale times `scale`, or without one. Between passes only.
+
+        Idle slots of the cache are forgotten; those that are open must have been closed.
+        """
+        found = None
+        if adapter is not None:
+            try:
+                matmul = kernels.addresses(self.tier, ["matmul_F32_f32"])["matmul_F32_f32"]
+            except kernels.BuildError as error:
+                raise KernelError(f"{error} (see `smolrun warmup -v`)") from error
+            layers, chunk = self.config.n_layers, self.chunk
+            found = PackedAdapter(adapter.factors, layers, scale=scale, matmul=matmul, chunk=chunk)
+        self.weights.adapt(None if found is None else found.words)
+        self._adapter = found
+        self.cache.clear()
 
     def cancel(self) -> None:
         """Make a running pass end within one phase of one layer."""

@@ -197,7 +197,7 @@ def tables(
         groups, blocks = -(-m.rows // ROWS), m.cols // BLOCK
         step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (4 * threads))))
         values = {"matmul": kernel(m.format, t), "panel": address(name), "groups": groups, "blocks": blocks}
-        values |= {"step": step, "terms": t}
+        values |= {"step": step, "terms": t, "adapter": 0}
         return [values[field] for field in W._fields[:-1]]
 
     layers: NDArray[np.int64] = np.zeros((config.n_layers, L.size), np.int64)
@@ -237,3 +237,9 @@ class Weights:
         self.bytes = sum(m.bytes for m in matrices.values())
         self._arena = arena = panels(checkpoint, matrices, progress)
         self.tables = tables(config, matrices, arena.address, kernel, terms, threads)
+
+    def adapt(self, words: NDArray[np.int64] | None) -> None:
+        """Put adapters beside the matrices: addresses (n_layers, len(MATRICES)) of their words, 0 or None for none."""
+        for i, m in enumerate(MATRICES):
+            at = (getattr(LAYER, m) + W.adapter) // 8
+            self.tables.layers[:, at] = 0 if words is None else words[:, i]

@@ -345,6 +345,48 @@ def _refuse_tables(source: TokenizerSource) -> None:
         raise UnsupportedModel("a packed model holds tables and panels alone: use the checkpoint it was made from")
 
 
+def tokenizer_json(source: TokenizerSource) -> str:
+    """The text of a tokenizer.json for a GGUF file's vocabulary.
+
+    Raises:
+        ModelFileError: a damaged vocabulary.
+    """
+    _refuse_tables(source)
+    if source.json is not None:
+        return source.json
+    kinds = dict(zip(source.vocab, source.token_types, strict=True))
+    added = [(i, token) for i, token in enumerate(source.vocab) if kinds[token] in (_CONTROL, _USER_DEFINED)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {token: i for i, token in enumerate(source.vocab) if kinds[token] != _UNUSED},
+        "merges": [list(pair) for pair in _pairs(source.merges)],
+    }
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": token, **flags, "special": kinds[token] == _CONTROL} for i, token in added
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
+    }
+    return json.dumps(whole, ensure_ascii=False)
+
+
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     """Merges, each written "a b" (GGUF, older tokenizer.json) or ["a", "b"]."""
     if set(map(type, merges)) == {str} and set(map(str.count, merges, repeat(" "))) == {1}:  # a third of the time

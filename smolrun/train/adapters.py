@@ -8,6 +8,7 @@ import numpy as np
 
 from smolrun.config import ModelConfig
 from smolrun.errors import OptionError
+from smolrun.files.peft import Factors, LowRank
 from smolrun.kernels.block import MATRICES
 from smolrun.kernels.panels import BLOCK
 from smolrun.model.weights import TENSOR
@@ -65,6 +66,38 @@ class LoRA:
                 values = np.zeros(parameters.shapes[name], np.float32)
                 values[: self.rank] = (random.random((self.rank, cols), np.float32) * 2 - 1) / np.sqrt(cols)
                 parameters.set(name, values)
+
+    def low_rank(self, parameters: Parameters, base: str = "") -> LowRank:
+        """What was trained, as the runtime and adapter folders have it."""
+        stems = [name.removesuffix(".lora_a") for name in parameters.shapes if name.endswith(".lora_a")]
+        factors = {}
+        for stem in stems:
+            a, b = (parameters.get(f"{stem}.lora_{part}") for part in "ab")
+            factors[stem] = Factors(a[: self.rank], np.ascontiguousarray(b[:, : self.rank]), self.scale)
+        return LowRank(factors, self.rank, self.alpha, self.dropout, base)
+
+    @classmethod
+    def of(cls, adapter: LowRank, seed: int = 0) -> LoRA:
+        """The kind of an adapter that is to be trained on.
+
+        Raises:
+            OptionError: a matrix has one in some layers only.
+        """
+        parts = {stem.split(".")[-1] for stem in adapter.factors}
+        targets = tuple(m for m, tensor in TENSOR.items() if tensor in parts)
+        layers = 1 + max(int(stem.split(".")[1]) for stem in adapter.factors)
+        if len(adapter.factors) != layers * len(targets):
+            raise OptionError("an adapter for some of the layers only cannot be trained on")
+        scale = next(iter(adapter.factors.values())).scale
+        return cls(adapter.rank, scale * adapter.rank, adapter.dropout, targets, seed)
+
+    def read(self, adapter: LowRank, parameters: Parameters) -> None:
+        """Go on from an adapter of this kind."""
+        for stem, f in adapter.factors.items():
+            for part, values in (("a", f.a), ("b", f.b)):
+                padded = np.zeros(parameters.shapes[f"{stem}.lora_{part}"], np.float32)
+                padded[: values.shape[0], : values.shape[1]] = values
+                parameters.set(f"{stem}.lora_{part}", padded)
 
 
 @dataclass(frozen=True)

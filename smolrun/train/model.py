@@ -12,14 +12,17 @@ Logits exist for `LOGIT_ROWS` tokens at a time, as panels, and become their own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
 from smolrun.errors import ContextOverflow, OptionError
+from smolrun.export import float_tensor
 from smolrun.files.checkpoint import Checkpoint, expected_shapes
 from smolrun.kernels.block import HEAD_DIM, MATRICES, PAGE, PART, B, S
 from smolrun.kernels.ops import COLUMN_STEP, TOKENS
@@ -186,6 +189,7 @@ class Model:
         self.head = self.embedding if c.tied else matrix("output.weight")
         self.batch: Batch | None = None
         self.dropout_seed = 0
+        self._learning = True
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -255,7 +259,7 @@ class Model:
 
     def _dropped(self, x: Rows, adapter: Adapter) -> Rows:
         """What the adapter sees of x."""
-        if not adapter.lora.dropout:
+        if not adapter.lora.dropout or not self._learning:
             return x
         return replace(x, keep=1 - adapter.lora.dropout, seed=(self.dropout_seed * 1_000_003 + adapter.number) % 2**32)
 
@@ -520,6 +524,29 @@ class Model:
         )  # fmt: skip
         if norm.gradient:
             self.ops("sum", c.dim // ROWS, parts=parts, count=count, width=c.dim, out=norm.gradient)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without dropout."""
+        before, self._learning = self._learning, False
+        try:
+            yield
+        finally:
+            self._learning = before
+
+    def checkpoint(self, base: Checkpoint) -> Checkpoint:
+        """What was trained, as a checkpoint to be written; tokenizer and template are those of `base`.
+
+        Raises:
+            OptionError: adapters alone were trained, see LoRA.low_rank.
+        """
+        if self._frozen is not None:
+            raise OptionError("adapters were trained: their factors can be written, or merged into the base")
+        tensors = {
+            name: float_tensor(name, shape, partial(self.parameters.get, name))
+            for name, shape in self.parameters.shapes.items()
+        }
+        return replace(base, config=self.config, tensors=tensors)
 
     def close(self) -> None:
         """End the threads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,10 +28,11 @@ def next_token(model: Model, batches: Sequence[Batch]) -> dict[str, float]:
 
 
 def evaluate(model: Model, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy of all targets, without gradients."""
+    """Mean cross-entropy of all targets, without gradients and dropout."""
     total, count = 0.0, 0
     for batch in batches:
-        model.forward(batch)
+        with model.evaluating():
+            model.forward(batch)
         total -= float(model.log_probs().sum(dtype=np.float64))
         count += int(batch.learnt.sum())
     return total / count
@@ -52,11 +54,12 @@ class Pairs(Batch):
     reference: NDArray[np.float64]
 
     @classmethod
-    def score(cls, model: Model, batch: Batch) -> Pairs:
-        """The batch, with the model as its own reference: adapters off, or a full model before its first step."""
-        before, model.use_adapters = model.use_adapters, False
+    def score(cls, model: Model, batch: Batch, *, adapters: bool = False) -> Pairs:
+        """The batch, with the model as it is now as its own reference: without its adapters, or with them."""
+        before, model.use_adapters = model.use_adapters, adapters
         try:
-            model.forward(batch)
+            with model.evaluating():
+                model.forward(batch)
             return cls(batch.ids, batch.targets, batch.lengths, document_log_probs(model.log_probs(), batch.lengths))
         finally:
             model.use_adapters = before
@@ -76,21 +79,42 @@ class DPO:
     def __call__(self, model: Model, batches: Sequence[Batch]) -> dict[str, float]:
         """Mean over all pairs; figures: reward margin (h), accuracy (h > 0), rewards of both sides."""
         count = sum(len(batch.lengths) // 2 for batch in batches)
-        figures = dict.fromkeys(("loss", "margin", "accuracy", "chosen", "rejected"), 0.0)
+        rewards = []
         for batch in batches:
-            if not isinstance(batch, Pairs) or len(batch.lengths) % 2:
-                raise OptionError("DPO learns from Pairs: chosen and rejected documents in turns (Pairs.score)")
-            model.forward(batch)
-            rewards = self.beta * (document_log_probs(model.log_probs(), batch.lengths) - batch.reference)
-            h = rewards[0::2] - rewards[1::2]
-            e = self.label_smoothing
-            loss = (1 - e) * np.logaddexp(0, -h) + e * np.logaddexp(0, h)
+            rewards.append(self.rewards(model, batch))
+            h, e = rewards[-1][0::2] - rewards[-1][1::2], self.label_smoothing
             slope = (1 - e) / (1 + np.exp(h)) - e / (1 + np.exp(-h))  # -d loss / d h
             weights = np.empty(len(batch.lengths))
             weights[0::2], weights[1::2] = slope, -slope
             model.backward(np.repeat(weights * self.beta / count, batch.lengths).astype(np.float32))
-            for name, values in (("loss", loss), ("margin", h), ("accuracy", h > 0)):
-                figures[name] += float(values.sum()) / count
-            figures["chosen"] += float(rewards[0::2].sum()) / count
-            figures["rejected"] += float(rewards[1::2].sum()) / count
-        return figures
+        return self.figures(np.concatenate(rewards))
+
+    def rewards(self, model: Model, batch: Batch) -> NDArray[np.float64]:
+        """beta (log p - log p of the reference) of each document, after a forward pass: float64 (documents,)."""
+        if not isinstance(batch, Pairs) or len(batch.lengths) % 2:
+            raise OptionError("DPO learns from Pairs: chosen and rejected documents in turns (Pairs.score)")
+        model.forward(batch)
+        return self.beta * (document_log_probs(model.log_probs(), batch.lengths) - batch.reference)
+
+    def figures(self, rewards: NDArray[np.float64]) -> dict[str, float]:
+        """Means over pairs of rewards, chosen and rejected in turns."""
+        chosen, rejected, e = rewards[0::2], rewards[1::2], self.label_smoothing
+        h = chosen - rejected
+        loss = (1 - e) * np.logaddexp(0, -h) + e * np.logaddexp(0, h)
+        named = {"loss": loss, "margin": h, "accuracy": h > 0, "chosen": chosen, "rejected": rejected}
+        return {name: float(values.mean()) for name, values in named.items()}
+
+    def evaluate(self, model: Model, batches: Sequence[Batch]) -> dict[str, float]:
+        """The figures, without gradients and dropout, and 95 % intervals, margin_low to margin_high, accuracy_low ...
+
+        The margin's is that of a mean of many (1.96 standard errors), the accuracy's is Wilson's.
+        """
+        with model.evaluating():
+            rewards = np.concatenate([self.rewards(model, batch) for batch in batches])
+        figures, h, z = self.figures(rewards), rewards[0::2] - rewards[1::2], 1.96
+        n, p = len(h), figures["accuracy"]
+        error = z * float(h.std()) / math.sqrt(max(n - 1, 1))
+        middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+        figures |= {"margin_low": figures["margin"] - error, "margin_high": figures["margin"] + error}
+        whole = 1 + z * z / n
+        return figures | {"accuracy_low": (middle - spread) / whole, "accuracy_high": (middle + spread) / whole}

@@ -295,6 +295,111 @@ class Pretrain(Recipe):
         return max(stage.length or self.batch.length for stage in self.stages)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """[data]: what to fine-tune on; train/examples.py says what a row may be.
+
+    Attributes:
+        path: files as in a source.
+        valid: files that are held out; not given: a share of `path`, `held_out`, chosen by content.
+        prompt, completion, field: names of a row's fields.
+        after: of a plain text, what is learnt begins after the first of these; not given: all of it is learnt.
+        prompt_length: of what stands before the first token to be learnt, the last so many are read; not given: all.
+        chat: whether prompt and completion become turns of a dialogue; not given: if the model has a chat template.
+        bad_rows: the largest share of rows that may be unusable; each is reported.
+    """
+
+    path: str
+    valid: str | None = None
+    held_out: float = 0.05
+    prompt: str = "prompt"
+    completion: str = "completion"
+    field: str = "text"
+    after: str | None = None
+    prompt_length: int | None = None
+    chat: bool | None = None
+    bad_rows: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1 or not 0 <= self.bad_rows <= 1:
+            raise OptionError("data: held_out and bad_rows are shares, from 0 to 1")
+        positive(self, "data", *(["prompt_length"] if self.prompt_length is not None else []))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """[lora]: train adapters and leave the base as it is; a quantised base makes it QLoRA.
+
+    Attributes:
+        targets: of q k v o gate up down.
+        quantize: format of a float base while it is frozen: q8_0, q4_0, ... as smolrun.load.
+        start: an adapter folder to go on from; its rank, alpha and targets then hold.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "v")
+    quantize: str | None = None
+    start: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Recipe):
+    """What sft and dpo have in common. A document is an example, or one answer of a pair.
+
+    Attributes:
+        rows: examples, or pairs, of one step; batch.tokens of them at most are computed at a time.
+        patience: stop after so many evaluations without a lower held-out loss, and take the weights of the lowest.
+        dtype: of the result's weights if all are trained: f32, f16, bf16.
+    """
+
+    data: Examples
+    epochs: int = 2
+    rows: int = 16
+    lora: Adapters | None = None
+    patience: int | None = None
+    dtype: Literal["f32", "f16", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        positive(self, self.task, "epochs", "rows", *(["patience"] if self.patience is not None else []))
+        if self.model.base is None:
+            raise OptionError("model.base is missing: the model to fine-tune")
+        if self.batch.length > self.batch.at_a_time:
+            raise OptionError(
+                f"a length of {self.batch.length:,} does not fit a pass of {self.batch.at_a_time:,} tokens: "
+                "lower batch.length, or raise batch.tokens"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Tune):
+    """task = "sft"."""
+
+    task: Literal["sft"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dpo(Tune):
+    """task = "dpo": direct preference optimisation; the reference is the model as it begins."""
+
+    task: Literal["dpo"]
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+            raise OptionError(
+                f"beta = {self.beta}, label_smoothing = {self.label_smoothing}: above 0, and from 0 to 0.5 expected"
+            )
+        if 2 * self.batch.length > self.batch.at_a_time:
+            raise OptionError(
+                f"two answers of {self.batch.length:,} tokens do not fit a pass of {self.batch.at_a_time:,}: "
+                "lower batch.length, or raise batch.tokens"
+            )
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 

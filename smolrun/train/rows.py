@@ -170,9 +170,12 @@ def _columns(path: Path, ending: str) -> Iterator[Row | BadRow]:
 
 
 def look_up(row: Row, field: str) -> str | BadRow:
-    """The text of a field; dots lead inwards."""
+    """The text of a field; dots lead inwards, as in "answers.0.text"."""
     value: Any = row.value
     for part in field.split("."):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+            continue
         if not isinstance(value, dict) or part not in value:
             keys = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
             return BadRow(row.where, f"no field {field!r}: {keys} found"[:200])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,26 +16,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
 from smolrun.config import ModelConfig
 from smolrun.errors import OptionError, OutOfMemory
-from smolrun.files.checkpoint import END_OF_TEXT, Checkpoint, expected_shapes, hf_name, open_checkpoint
+from smolrun.export import write_folder
+from smolrun.files.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from smolrun.files.peft import read_adapter, write_adapter
 from smolrun.files.sources import resolve
-from smolrun.files.whole import whole
 from smolrun.kernels.block import HEAD_DIM, PAGE
 from smolrun.kernels.panels import ROWS
-from smolrun.model import machine, memory
+from smolrun.model import machine, memory, weights
+from smolrun.text.template import ChatTemplate
+from smolrun.text.tokenizer import Tokenizer
 from smolrun.train import plot
 from smolrun.train.adapters import LoRA
 from smolrun.train.data import Corpus, Progress, Vocabulary, read_tokenizer, texts
+from smolrun.train.examples import Encoder, examine
 from smolrun.train.model import Model, buffer_sizes
+from smolrun.train.objective import DPO
 from smolrun.train.optimiser import AdamW
 from smolrun.train.pretrain import Feed as Documents
-from smolrun.train.recipe import Pretrain, Recipe, read_recipe
+from smolrun.train.recipe import Dpo, Pretrain, Recipe, Sft, Tune, read_recipe
 from smolrun.train.rows import BadRow
 from smolrun.train.run import Facts, Feed, Loop, discard, identity_of
 from smolrun.train.trainer import Trainer
+from smolrun.train.tune import Feed as Tuned
+from smolrun.train.tune import PairFeed, held_out_loss
 from smolrun.train.vocabulary import train_vocabulary
 
 # what may change between two parts of a run
@@ -65,11 +70,12 @@ class Plan:
     facts: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
+    result_name: str = "model"
 
     @property
     def result(self) -> Path:
-        """Where the model is written."""
-        return self.recipe.run.out / "model"
+        """Where the model, or its adapter, is written."""
+        return self.recipe.run.out / self.result_name
 
     def rate(self) -> float:
         """Tokens a second, from a first pass that is then forgotten."""
@@ -264,10 +270,15 @@ def _pretrain(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress
         if len(corpus.bad) > 5:
             warnings.append(f"sources.{name}: {len(corpus.bad):,} rows cannot be used in all")
 
-    tokenizer = folder or resolve(recipe.model.base)
+    if folder is None:
+        assert base is not None
+        described = base
+    else:
+        ends = dataclasses.replace(source, bos_id=vocabulary.end, eos_ids=(vocabulary.end,))
+        described = Checkpoint(folder, config, {}, ends, None, {}, 0)
 
     def export(target: Path) -> None:
-        export_folder(model, tokenizer, target)
+        write_folder(model.checkpoint(described), target, "f32")
 
     data = {name: corpus.digest for name, corpus in corpora.items()}
     return Plan(recipe, trainer_of(recipe, model, feed.steps), feed, tokens, needed, export, facts, warnings, data)
@@ -292,29 +303,86 @@ def _tokenizer(recipe: Pretrain, progress: Progress | None) -> Path | None:
     return folder
 
 
-def export_folder(model: Model, tokenizer: Path, target: Path) -> None:
-    """A Hugging Face folder: config.json, model.safetensors (F32), the tokenizer's files as they are."""
-    c = model.config
-    end = read_tokenizer(tokenizer).specials[END_OF_TEXT]
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
-        "hidden_act": "silu", "hidden_size": c.dim, "intermediate_size": c.hidden_dim, "head_dim": c.head_dim,
-        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads,
-        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_positions, "rope_theta": c.rope_theta,
-        "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "initializer_range": c.dim**-0.5,
-        "bos_token_id": end, "eos_token_id": end, "torch_dtype": "float32",
-    }  # fmt: skip
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, target / name)
-    tensors = {hf_name(name): model.parameters.get(name) for name in model.parameters.shapes}
-    with whole(target / "model.safetensors") as file:
-        file.write(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    with whole(target / "config.json") as file:
-        file.write(json.dumps(config, indent=2).encode())
+# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | None) -> Plan:
+    assert isinstance(recipe, Tune)
+    base = open_base(recipe, opened)
+    assert base is not None
+    c, batch = base.config, recipe.batch
+    if batch.length > c.max_positions:
+        raise OptionError(f"batch.length = {batch.length:,}: the model has {c.max_positions:,} positions")
+    tokenizer = Tokenizer.from_source(base.tokenizer, vocab_size=c.vocab_size)
+    encoder = Encoder(recipe.data, tokenizer, ChatTemplate(base.chat_template, tokenizer), batch.length)
+    found = examine(recipe.data, encoder, pairs=isinstance(recipe, Dpo))
+    start, lora, table = None, None, recipe.lora
+    if table is not None:
+        lora = LoRA(table.rank, table.alpha, table.dropout, table.targets, recipe.run.seed)
+        if table.start is not None:
+            start = read_adapter(table.start, c)
+            lora = dataclasses.replace(LoRA.of(start, recipe.run.seed), dropout=table.dropout)
+    quantize = table.quantize if table else None
+    frozen = sum(m.bytes for m in weights.plan(base, quantize).values()) if lora else 0
+    group = max(sum(len(e.ids) - 1 for e in group) for group in [*found.learnt, *found.held])
+    largest = sum(sorted((sum(len(e.ids) for e in group) for group in found.learnt), reverse=True)[: recipe.rows])
+    tokens = max(group, min(batch.at_a_time, largest))  # no larger than the fullest step
+    documents = [len(e.ids) - 1 for group in found.learnt for e in group]
+    needed = training_bytes(
+        c, tokens, min(batch.length, tokens), lora=lora, recompute=batch.recompute, frozen=frozen,
+        document=sum(documents) // len(documents),
+    )  # fmt: skip
+    if not force:
+        check_memory(needed, recipe)
+    model = Model(
+        base, tokens=tokens, context=min(batch.length, tokens), lora=lora, quantize=quantize,
+        recompute=batch.recompute, threads=recipe.run.threads, progress=_compiling(progress),
+    )  # fmt: skip
+    opened.callback(model.close)
+    if lora is not None and start is not None:
+        lora.read(start, model.parameters)
+    if isinstance(recipe, Dpo):
+        objective = DPO(recipe.beta, recipe.label_smoothing)
+        kept = lora is not None and start is None  # the model as it begins can be asked later
+        feed: Tuned = PairFeed(recipe, found.learnt, found.held, model, objective, kept)
+        trainer = trainer_of(recipe, model, feed.steps)
+        trainer.objective = objective
+    else:
+        feed = Tuned(recipe, found.learnt, found.held, model, held_out_loss(model))
+        trainer = trainer_of(recipe, model, feed.steps)
+    what = "pairs" if isinstance(recipe, Dpo) else "examples"
+    facts = [
+        ("model", f"{len(model.parameters):,} of {_count(c):,} parameters, {model.ops.threads} threads, kernels "
+                  f"{model.ops.tier.name}"),
+        ("run", f"{recipe.epochs} epochs, {feed.steps:,} steps of {recipe.rows} {what}"),
+        ("data", f"{len(found.learnt):,} {what} of {found.tokens:,} tokens; {len(found.held):,} held out; "
+                 f"{found.cut:,} cut to {batch.length:,} tokens"),
+    ]  # fmt: skip
+    warnings = [f"{bad.where}: {bad.problem}" for bad in found.bad[:5]]
+    if len(found.bad) > 5:
+        warnings.append(f"data: {len(found.bad):,} rows cannot be used in all")
+    if not found.held:
+        warnings.append("data: nothing is held out: nothing to evaluate on")
+
+    def export(target: Path) -> None:
+        feed.restore_best()
+        if lora is None:
+            write_folder(model.checkpoint(base), target, recipe.dtype)
+        else:
+            write_adapter(target, lora.low_rank(model.parameters, recipe.model.base or ""))
+
+    seen = recipe.epochs * found.tokens
+    result = "model" if lora is None else "adapter"
+    data = {"data": found.digest}
+    return Plan(recipe, trainer, feed, seen, needed, export, facts, warnings, data, result)
+
+
+def _count(c: ModelConfig) -> int:
+    return sum(int(np.prod(shape)) for shape in expected_shapes(c).values())
 
 
 TASKS: dict[str, tuple[type[Recipe], Callable[[Recipe, ExitStack, bool, Progress | None], Plan]]] = {
     "pretrain": (Pretrain, _pretrain),
+    "sft": (Sft, _tune),
+    "dpo": (Dpo, _tune),
 }

@@ -1,0 +1,254 @@
+"""Examples to fine-tune on: rows of data files as ids, and which of them are to be learnt.
+
+    {"messages": [{"role", "content"}, ...]}           also "conversations" of {"from", "value"}
+    {"prompt": text, "completion": text}               a user's turn and its answer; plain text with chat = false
+    {"text": text}                                     plain text, learnt from after `data.after` on
+    {"prompt" | "messages" | "conversations", "chosen", "rejected"}              a pair for DPO; or both whole dialogues
+
+Dialogues are rendered by the checkpoint's own chat template; learnt is what the assistant says, with the token that
+ends its turn. Of a pair it is the last answer alone. Plain prompt and completion are encoded apart, as they are when
+the model is asked, and the completion ends with the model's end token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolrun.errors import OptionError, SmolrunError
+from smolrun.text.template import ChatTemplate
+from smolrun.text.tokenizer import Tokenizer
+from smolrun.train.recipe import Examples
+from smolrun.train.rows import BadRow, Row, files, look_up, read_rows
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document.
+
+    Attributes:
+        ids: int32 (n,), two or more.
+        mask: bool (n,): which ids are to be learnt.
+        cut: ids were left out at its end: it was too long.
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    cut: bool = False
+
+    @classmethod
+    def of(cls, ids: Sequence[int], mask: Sequence[bool], length: int) -> Example:
+        """The first `length` + 1 ids: that many are read, the last one is a target only."""
+        most = length + 1
+        return cls(np.array(ids[:most], np.int32), np.array(mask[:most], bool), len(ids) > most)
+
+
+Pair = tuple[Example, Example]  # chosen, rejected
+
+
+class Encoder:
+    """Rows -> examples or pairs, for one model."""
+
+    def __init__(self, data: Examples, tokenizer: Tokenizer, template: ChatTemplate, length: int) -> None:
+        """length: ids of an example that are read at most."""
+        self._data, self._tokenizer, self._template, self._length = data, tokenizer, template, length
+        self._chat = template.source is not None if data.chat is None else data.chat
+        self._end = tokenizer.eos_ids[0]
+
+    def example(self, row: Row) -> list[Example]:
+        """A row as one example.
+
+        Raises:
+            OptionError: what is wrong with it.
+        """
+        value, data = row.value, self._data
+        messages = _dialogue(value)
+        if messages is not None:
+            return [self._whole(messages)]
+        if all(name.split(".")[0] in value for name in (data.prompt, data.completion)):
+            return [self._answered(_text(row, data.prompt), _text(row, data.completion))]
+        text = _text(row, data.field)
+        if not data.after:
+            ids = [*self._tokenizer.encode(text), self._end]
+            return [self._checked(ids, [True] * len(ids))]
+        prompt, mark, completion = text.partition(data.after)
+        if not mark:
+            raise OptionError(f"{data.field} has no {data.after!r}, after which it is learnt")
+        return [self._plain(prompt + mark, completion)]
+
+    def pair(self, row: Row) -> list[Example]:
+        """A row as two examples, chosen and rejected.
+
+        Raises:
+            OptionError: what is wrong with it.
+        """
+        value = row.value
+        if "chosen" not in value or "rejected" not in value:
+            raise OptionError(f"chosen and rejected expected, {', '.join(map(str, value))} found"[:200])
+        asked = _dialogue(value)
+        if asked is None and self._data.prompt in value:
+            prompt = value[self._data.prompt]
+            asked = _messages(prompt) if isinstance(prompt, list) else None
+            if asked is None:
+                prompt = _text(row, self._data.prompt)
+                return [self._answered(prompt, _answer(value[side])) for side in ("chosen", "rejected")]
+        out = []
+        for side in ("chosen", "rejected"):
+            its = value[side]
+            messages = _messages(its) if isinstance(its, list) else [{"role": "assistant", "content": _answer(its)}]
+            if asked is not None and messages[: len(asked)] != asked:
+                messages = [*asked, *messages]
+            out.append(self._whole(messages, last=True))
+        return out
+
+    def _answered(self, prompt: str, completion: str) -> Example:
+        if not self._chat:
+            return self._plain(prompt, completion)
+        return self._whole([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+
+    def _plain(self, prompt: str, completion: str) -> Example:
+        """Prompt and completion as they are, encoded apart."""
+        before, after = self._tokenizer.encode(prompt), [*self._tokenizer.encode(completion), self._end]
+        return self._checked(before + after, [False] * len(before) + [True] * len(after))
+
+    def _whole(self, messages: list[Message], last: bool = False) -> Example:
+        """A dialogue; `last`: its last answer alone is to be learnt."""
+        if messages[-1]["role"] != "assistant":
+            raise OptionError(f"the last message is the {messages[-1]['role']}'s, the assistant's expected")
+        ids, mask = self._template.encode(messages, add_generation_prompt=False, need_mask=True)
+        if last:
+            asked, _ = self._template.encode(messages[:-1])
+            if ids[: len(asked)] != asked:
+                raise OptionError("the chat template renders the prompt in another way once it is answered")
+            mask = [False] * len(asked) + mask[len(asked) :]
+        return self._checked(ids, mask)
+
+    def _checked(self, ids: list[int], mask: list[bool]) -> Example:
+        most = self._data.prompt_length
+        if most is not None and True in mask:
+            first = max(0, mask.index(True) - most)
+            ids, mask = ids[first:], mask[first:]
+        example = Example.of(ids, mask, self._length)
+        if not example.mask[1:].any():
+            raise OptionError(f"nothing to learn in its first {self._length:,} tokens: {len(ids):,} in all")
+        return example
+
+
+def _text(row: Row, field: str) -> str:
+    found = look_up(row, field)
+    if isinstance(found, BadRow):
+        raise OptionError(found.problem)
+    return found
+
+
+def _dialogue(value: Mapping[str, Any]) -> list[Message] | None:
+    for name in ("messages", "conversations"):
+        if name in value:
+            return _messages(value[name])
+    return None
+
+
+def _messages(value: Any) -> list[Message]:
+    """Messages in either spelling."""
+    if not isinstance(value, list) or not value:
+        raise OptionError(f"{type(value).__name__} found, a list of messages expected")
+    return [_message(message) for message in value]
+
+
+def _message(value: Any) -> Message:
+    found = value if isinstance(value, dict) else {}
+    role, content = found.get("role", ROLES.get(found.get("from", ""))), found.get("content", found.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise OptionError(f"{value!r:.80} found, a message with role and content expected")
+    return {"role": role, "content": content}
+
+
+def _answer(value: Any) -> str:
+    """An answer's text, maybe in a message."""
+    text = value if isinstance(value, str) else _message(value)["content"]
+    if not text.strip():
+        raise OptionError("an empty answer")
+    return text
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The examples of a recipe: each a list of one, or of two that are a pair.
+
+    Attributes:
+        learnt, held: to learn, and held out.
+        bad: rows that are none.
+    """
+
+    learnt: list[list[Example]]
+    held: list[list[Example]]
+    bad: list[BadRow]
+
+    @property
+    def cut(self) -> int:
+        """Examples that were too long."""
+        return sum(e.cut for group in (*self.learnt, *self.held) for e in group)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that is learnt, in its order."""
+        digest = hashlib.sha256()
+        for e in (e for group in self.learnt for e in group):
+            digest.update(e.ids.tobytes() + e.mask.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        """Read in an epoch."""
+        return sum(len(e.ids) - 1 for group in self.learnt for e in group)
+
+
+def examine(data: Examples, encoder: Encoder, pairs: bool) -> Examined:
+    """All rows of the files, encoded; held out is what `valid` holds, else a share chosen by content.
+
+    Raises:
+        OptionError: too many bad rows, or nothing to learn.
+    """
+    bad = list[BadRow]()
+    encode = encoder.pair if pairs else encoder.example
+
+    def read(path: str) -> list[list[Example]]:
+        out = []
+        for row in (row for file in files(path) for row in read_rows(Path(file))):
+            try:
+                if isinstance(row, BadRow):
+                    bad.append(row)
+                else:
+                    out.append(encode(row))
+            except SmolrunError as error:
+                bad.append(BadRow(row.where, str(error)))
+        return out
+
+    learnt = read(data.path)
+    held = read(data.valid) if data.valid is not None else [e for e in learnt if _chance(e) < data.held_out]
+    if data.valid is None:
+        learnt = [e for e in learnt if _chance(e) >= data.held_out]
+    rows = len(learnt) + len(held) + len(bad)
+    if len(bad) > data.bad_rows * rows:
+        first = "; ".join(f"{row.where}: {row.problem}" for row in bad[:3])
+        raise OptionError(
+            f"data: {len(bad):,} of {rows:,} rows cannot be used ({first}): mend them, or raise data.bad_rows, now "
+            f"{data.bad_rows:g}"
+        )
+    if not learnt:
+        raise OptionError(f"data: nothing to learn in {data.path}")
+    return Examined(learnt, held, bad)
+
+
+def _chance(group: list[Example]) -> float:
+    """From 0 to 1, by what the example says."""
+    return int.from_bytes(hashlib.sha256(group[0].ids.tobytes()).digest()[:8], "little") / 2.0**64
