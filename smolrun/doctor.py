@@ -75,6 +75,11 @@ def examine(here: Machine | None = None, model: Path | None = None) -> Report:
     def amiss(problem: str, mend: str = "", *, error: bool = False) -> None:
         findings.append(Finding(error, problem, mend))
 
+    if place := bundle.folder():
+        try:
+            bundle.manifest(place)
+        except bundle.BundleError as error:  # nothing of it is to be trusted
+            return Report({}, (Finding(True, str(error), bundle.AGAIN),))
     facts = {
         "system": _system(here),
         "cpu": _cpu(here),

@@ -106,6 +106,13 @@ def test_a_damaged_kernel_is_told(tmp_path: Path, model: Path, monkeypatch: pyte
     assert "smolrun cache clear --kernels" in problems(tree(tmp_path / "pi", PI_4), model).values()
 
 
+def test_a_damaged_bundle_is_named_and_nothing_of_it_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bundle.json").write_text("{")
+    monkeypatch.setattr(doctor.bundle, "folder", lambda: tmp_path)
+    report = doctor.examine(tree(tmp_path / "pi", PI_4))
+    assert not report.ok and report.facts == {} and "bundle.json cannot be read" in report.findings[0].problem
+
+
 def test_the_command(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: str) -> tuple[int, str]:
         return main(["doctor", str(model), *arguments]), capsys.readouterr().out
