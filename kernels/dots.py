@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from llvmlite import ir
 
 from .jit import TIER
-from .panels import Panel
+from .panels import ROWS, Panel
 from .simd import I8, I16, I32, I64, V16I32, at, const, declare, load, splat
 
 V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
@@ -25,7 +25,7 @@ def _pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
     )
 
 
-def _join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
     """The inverse of `_pieces`, of a power of two."""
     while len(parts) > 1:
         parts = [
@@ -46,17 +46,18 @@ def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Va
     cut = [_pieces(b, a, count) for a in args]
     part = ir.VectorType(result.element, result.count // count)
     function = declare(b, name.format(bits=512 // count), part, [c[0].type for c in cut])
-    return _join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
+    return join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
 
 
 _SHUFFLE = {4: "llvm.x86.ssse3.pshuf.b.128", 8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
 
 
 def look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
-    """table[index] of 64 x i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
+    """table[index] of many i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
     if not TIER.x86:
         tbl = declare(b, "llvm.aarch64.neon.tbl1.v16i8", V16I8, [V16I8, V16I8])
-        return _join(b, [b.call(tbl, [ir.Constant(V16I8, table), part]) for part in _pieces(b, index, 4)])
+        parts = _pieces(b, index, index.type.count // 16)
+        return join(b, [b.call(tbl, [ir.Constant(V16I8, table), part]) for part in parts])
     if TIER.dot != "plain":
         lanes = ir.Constant(V64I8, table * 4)  # the shuffle stays within 16 bytes
         return _by_register(b, _SHUFFLE[TIER.row_lanes], V64I8, lanes, index)
@@ -93,9 +94,16 @@ class Dots:
 
     Attributes:
         unsigned: 8-bit weights are wanted with 128 added.
+        step: adjacent quads that are wanted one after the other.
     """
 
     unsigned = False
+    step = 1
+
+    @staticmethod
+    def rows(sums: int) -> int:
+        """How many of the 16 rows to take at once, where each has so many sums: tokens times terms."""
+        return ROWS
 
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         self.b, self.bits = b, panel.bits
@@ -188,12 +196,22 @@ class PlainDots(Dots):
 # ---- AArch64: registers of 4 rows x 4 k ------------------------------------------------------------------------------
 
 
+def _fitting(sums: int) -> int:
+    """Rows, at least 4, of which so many sums each take up to 8 of the 32 registers, of 4 lanes; f32 sums take 16."""
+    return max(rows for rows in (4, 8, 16) if rows == 4 or rows * sums <= 4 * 8)
+
+
 class SdotDots(Dots):
     """sdot by element: four signed products into i32; a register of activations holds four quads."""
 
+    @staticmethod
+    def rows(sums: int) -> int:
+        return _fitting(sums)
+
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         super().__init__(b, panel, [])
-        self.parts = [_pieces(b, start, 4) for start in starts]
+        self.registers = starts[0].type.count // 4  # of a quad of weights, and of sums
+        self.parts = [_pieces(b, start, self.registers) for start in starts]
 
     def _quad(self, address: ir.Value, j: int) -> ir.Value:
         """Quad j of a token's activations, four times; LLVM loads each register once."""
@@ -201,56 +219,49 @@ class SdotDots(Dots):
         return self.b.bitcast(_shuffle(self.b, four, four, [j % 4] * 4), V16I8)
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
-        self._sdot(j, _pieces(self.b, w, 4), x, range(len(x)))
-
-    def _sdot(self, j: int, w: list[ir.Value], x: list[ir.Value], tokens: Iterable[int]) -> None:
         sdot = declare(self.b, "llvm.aarch64.neon.sdot.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
-        for i in tokens:
-            quad = self._quad(x[i], j)
-            self.parts[i] = [self.b.call(sdot, [s, part, quad]) for s, part in zip(self.parts[i], w, strict=True)]
+        parts = _pieces(self.b, w, self.registers)
+        for i, address in enumerate(x):
+            quad = self._quad(address, j)
+            self.parts[i] = [self.b.call(sdot, [s, part, quad]) for s, part in zip(self.parts[i], parts, strict=True)]
 
     def total(self, i: int) -> ir.Value:
-        return _join(self.b, self.parts[i])
+        return join(self.b, self.parts[i])
 
 
 class SmmlaDots(SdotDots):
-    """smmla: 2 rows x 8 k times 8 k x 2 tokens into [row][token] i32; a token without a partner takes sdot.
+    """smmla: 2 rows x 8 k times 8 k x 2 tokens into [row][token] i32; a token without a partner is its own.
 
-    Its weights are a zip of two adjacent quads, its activations 8 of one token and 8 of the other.
+    A register of weights is a zip of two adjacent quads, one of activations 8 of one token and 8 of the other.
     """
+
+    step = 2
 
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         super().__init__(b, panel, starts)
-        self.even: list[ir.Value] = []
-        self.paired = len(starts) // 2 * 2
-        for i in range(0, self.paired, 2):  # of 4 rows: [row][token] of the first two rows, of the others
-            pairs = [*zip(self.parts[i], self.parts[i + 1], strict=True)]
-            self.parts[i] = [_shuffle(b, x, y, (0, 4, 1, 5)) for x, y in pairs]
-            self.parts[i + 1] = [_shuffle(b, x, y, (2, 6, 3, 7)) for x, y in pairs]
+        self.tokens = [(i, min(i + 1, len(starts) - 1)) for i in range(0, len(starts), 2)]
+        self.sums = []  # of two tokens and four rows: [row][token] of the first two rows, of the others
+        for pair in self.tokens:
+            registers = [*zip(*(self.parts[i] for i in pair), strict=True)]
+            self.sums.append([[_shuffle(b, *r, rows) for r in registers] for rows in ((0, 4, 1, 5), (2, 6, 3, 7))])
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
-        b, parts = self.b, _pieces(self.b, w, 4)
-        self._sdot(j, parts, x, range(self.paired, len(x)))
+        b, smmla = self.b, declare(self.b, "llvm.aarch64.neon.smmla.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
+        quads = [b.bitcast(part, V4I32) for part in _pieces(b, w, self.registers)]
         if j % 2 == 0:
-            self.even = parts
+            self.even = quads
             return
-        smmla = declare(b, "llvm.aarch64.neon.smmla.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
-        quads = [*zip((b.bitcast(v, V4I32) for v in self.even), (b.bitcast(v, V4I32) for v in parts), strict=True)]
-        rows = [[b.bitcast(_shuffle(b, *q, z), V16I8) for q in quads] for z in ((0, 4, 1, 5), (2, 6, 3, 7))]
-        for i in range(0, self.paired, 2):
-            first, second = (load(b, at(b, address, 16 * (j // 4)), V2I64) for address in x[i : i + 2])
+        pairs = [*zip(self.even, quads, strict=True)]
+        rows = [[b.bitcast(_shuffle(b, *pair, z), V16I8) for pair in pairs] for z in ((0, 4, 1, 5), (2, 6, 3, 7))]
+        for tokens, sums in zip(self.tokens, self.sums, strict=True):
+            first, second = (load(b, at(b, x[i], 16 * (j // 4)), V2I64) for i in tokens)
             both = b.bitcast(_shuffle(b, first, second, (j // 2 % 2, 2 + j // 2 % 2)), V16I8)
-            for half, w_half in enumerate(rows):
-                sums = self.parts[i + half]
-                self.parts[i + half] = [b.call(smmla, [s, r, both]) for s, r in zip(sums, w_half, strict=True)]
+            for half, parts in enumerate(rows):
+                sums[half] = [b.call(smmla, [s, w, both]) for s, w in zip(sums[half], parts, strict=True)]
 
     def total(self, i: int) -> ir.Value:
-        if i >= self.paired:
-            return super().total(i)
-        first = i // 2 * 2
-        token = (0, 2, 4, 6) if i == first else (1, 3, 5, 7)
-        pairs = zip(self.parts[first], self.parts[first + 1], strict=True)
-        return _join(self.b, [_shuffle(self.b, low, high, token) for low, high in pairs])
+        of_token = (0, 2, 4, 6) if i % 2 == 0 else (1, 3, 5, 7)
+        return join(self.b, [_shuffle(self.b, *pair, of_token) for pair in zip(*self.sums[i // 2], strict=True)])
 
 
 class SmullDots(SdotDots):
@@ -259,19 +270,22 @@ class SmullDots(SdotDots):
     Two i32 of a row are then added by addp.
     """
 
+    @staticmethod
+    def rows(sums: int) -> int:
+        return _fitting(2 * sums)
+
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         super().__init__(b, panel, starts)
-        self.room = 32767 // (127 * (128 if self.bits == 8 else (1 << self.bits) - 1))
-        self.held = 0
-        self.products: list[list[ir.Value | None]] = [[None] * 8 for _ in starts]  # of 2 rows x 4 k
-        self.halves: list[list[ir.Value | None]] = [[None] * 8 for _ in starts]  # of 2 rows x 2
+        self.room, self.held = 32767 // (127 * (128 if self.bits == 8 else (1 << self.bits) - 1)), 0
+        self.products: list[list[ir.Value | None]] = [[None] * 2 * self.registers for _ in starts]  # of 2 rows x 4 k
+        self.halves: list[list[ir.Value | None]] = [[None] * 2 * self.registers for _ in starts]  # of 2 rows x 2
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         b = self.b
         if self.held == self.room:
             self._widen()
         smull = declare(b, "llvm.aarch64.neon.smull.v8i16", V8I16, [V8I8, V8I8])
-        rows = _pieces(b, w, 8)
+        rows = _pieces(b, w, 2 * self.registers)
         for i, address in enumerate(x):
             quads = _pieces(b, self._quad(address, j), 2)
             for r, part in enumerate(rows):
@@ -286,7 +300,7 @@ class SmullDots(SdotDots):
             for r, product in enumerate(products):
                 sums = b.call(pairs, [product])
                 halves[r] = sums if halves[r] is None else b.add(halves[r], sums)
-            products[:] = [None] * 8
+            products[:] = [None] * len(products)
         self.held = 0
 
     def total(self, i: int) -> ir.Value:
@@ -294,8 +308,8 @@ class SmullDots(SdotDots):
             self._widen()
         b, halves = self.b, self.halves[i]
         addp = declare(b, "llvm.aarch64.neon.addp.v4i32", V4I32, [V4I32, V4I32])
-        sums = [b.call(addp, [halves[r], halves[r + 1]]) for r in range(0, 8, 2)]
-        return _join(b, [b.add(start, s) for start, s in zip(self.parts[i], sums, strict=True)])
+        sums = [b.call(addp, [halves[r], halves[r + 1]]) for r in range(0, len(halves), 2)]
+        return join(b, [b.add(start, s) for start, s in zip(self.parts[i], sums, strict=True)])
 
 
 DOTS: dict[str, type[Dots]] = {
@@ -307,3 +321,8 @@ DOTS: dict[str, type[Dots]] = {
     "sdot": SdotDots,
     "smull": SmullDots,
 }
+
+
+def dots_of(tokens: int) -> type[Dots]:
+    """How this tier sums for so many tokens."""
+    return SdotDots if TIER.dot == "smmla" and tokens == 1 else DOTS[TIER.dot]

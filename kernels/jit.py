@@ -26,6 +26,9 @@ if platform.machine() not in TIER.machines:  # Numba lowers each function for "t
     llvm.initialize_all_asmprinters()
     llvm.get_process_triple = lambda: f"{TIER.machines[0]}-unknown-linux"
 
+if not TIER.reorder:
+    llvm.set_option("smolrun", "-enable-misched=false")
+
 # No exceptions, no bounds checks, no fast-math: what is left is arithmetic on addresses, and an object without Python
 # symbols.
 FLAGS = {"error_model": "numpy", "boundscheck": False, "fastmath": False}

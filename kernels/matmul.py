@@ -31,15 +31,15 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .dots import DOTS, V32I16, V64I8, look_up
+from .dots import V64I8, dots_of, join, look_up
 from .jit import TIER, kernel
 from .panels import BLOCK, PANELS, ROWS, Panel
 from .simd import (
+    F32,
     I8,
     I16,
     I32,
     I64,
-    LANES,
     V16F32,
     V16I32,
     at,
@@ -47,6 +47,7 @@ from .simd import (
     const,
     emit_fma,
     emit_half_to_f32,
+    emit_hidden,
     emit_load_as_f32,
     get_f32,
     i32x16,
@@ -65,6 +66,7 @@ i64 = types.int64
 D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(0, 28, 4)  # byte offsets behind the integers of a record
 HALVES = (LOW32, HIGH32)
 FLOAT_STEP = 2  # k of one round of the f32 tile; with more LLVM keeps the weights of all of them on the stack
+Sums = list[list[ir.Value]]  # addresses of f32 sums, of each token by parts of the rows
 MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
 
 
@@ -72,10 +74,14 @@ MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1
 
 
 class Record:
-    """One block of 16 rows inside IR: where its planes and scales are."""
+    """Rows of one block of 16 rows inside IR: where their planes and scales are."""
 
-    def __init__(self, b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value) -> None:
-        self.b, self.panel = b, panel
+    def __init__(
+        self, b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value, first: int = 0, rows: int = ROWS
+    ) -> None:
+        self.b, self.panel, self.first, self.rows = b, panel, first, rows
+        self.bytes, self.pairs = ir.VectorType(I8, 4 * rows), ir.VectorType(I16, 2 * rows)
+        self.halves, self.eights, self.floats = (ir.VectorType(t, rows) for t in (I16, I8, F32))
         if panel.blocks == 1:
             record = b.add(w, b.mul(block, ir.Constant(I64, panel.record_bytes)))
             self.planes, self.within = record, ir.Constant(I64, 0)
@@ -87,115 +93,155 @@ class Record:
         self.scales = at(b, record, panel.blocks * panel.block_bytes)
         self.loaded: dict[int, ir.Value] = {}
 
+    def forget(self) -> None:
+        """Load the planes again from here on."""
+        self.planes = emit_hidden(self.b, self.planes)
+        self.loaded.clear()
+
     def _vector(self, offset: int) -> ir.Value:
         if offset not in self.loaded:
-            self.loaded[offset] = load(self.b, at(self.b, self.planes, offset), V64I8)
+            self.loaded[offset] = load(self.b, at(self.b, self.planes, offset + 4 * self.first), self.bytes)
         return self.loaded[offset]
 
     def _field(self, vector: ir.Value, shift: int, bits: int) -> ir.Value:
         """Bits [shift, shift + bits) of every byte."""
         b = self.b
         if shift and not TIER.x86:
-            vector = b.lshr(vector, const(V64I8, shift))
+            vector = b.lshr(vector, const(self.bytes, shift))
         elif shift:
             # there is no byte shift: shift pairs, the mask cuts what came from the neighbour
-            wide = b.bitcast(vector, V32I16)
-            vector = b.bitcast(b.lshr(wide, const(V32I16, shift)), V64I8)
-        return b.and_(vector, const(V64I8, (1 << bits) - 1))
+            wide = b.bitcast(vector, self.pairs)
+            vector = b.bitcast(b.lshr(wide, const(self.pairs, shift)), self.bytes)
+        return b.and_(vector, const(self.bytes, (1 << bits) - 1))
 
     def quad(self, j: int, unsigned: bool = False) -> ir.Value:
-        """Weights of quad j (64 x i8), rows x 4 k: u where it has fewer than 8 bits; else signed, or 128 added."""
+        """Weights of quad j, rows x 4 k of i8: u where it has fewer than 8 bits; else signed, or 128 added."""
         b, panel, offset, low_bits, value = self.b, self.panel, 0, 0, None
         for bits in panel.planes:
-            vectors = bits  # a plane of n bits is n vectors
-            vector = self._vector(offset + 64 * (j % vectors))
-            part = vector if bits == 8 else self._field(vector, bits * (j // vectors), bits)
-            if low_bits:
-                part = b.bitcast(b.shl(b.bitcast(part, V32I16), const(V32I16, low_bits)), V64I8)
+            vector = self._vector(offset + 64 * (j % bits))  # a plane of n bits is n vectors
+            part = vector if bits == 8 else self._field(vector, bits * (j // bits), bits)
+            if low_bits and not TIER.x86:
+                part = b.shl(part, const(self.bytes, low_bits))
+            elif low_bits:
+                part = b.bitcast(b.shl(b.bitcast(part, self.pairs), const(self.pairs, low_bits)), self.bytes)
             value = part if value is None else b.or_(value, part)
-            offset, low_bits = offset + 64 * vectors, low_bits + bits
+            offset, low_bits = offset + 64 * bits, low_bits + bits
         if panel.codebook:
             return look_up(b, [level + 128 * unsigned for level in panel.codebook], value)
-        return b.xor(value, const(V64I8, 0x80)) if panel.bits == 8 and unsigned else value
+        return b.xor(value, const(self.bytes, 0x80)) if panel.bits == 8 and unsigned else value
+
+    def _f16(self, offset: int) -> ir.Value:
+        """The rows' f16 scales at an offset."""
+        return emit_half_to_f32(self.b, load(self.b, at(self.b, self.scales, offset + 2 * self.first), self.halves))
+
+    def _i8(self, index: ir.Value) -> ir.Value:
+        """The rows' sub-scales of a number."""
+        offset = self.b.mul(index, ir.Constant(I64, ROWS))
+        return load(self.b, at(self.b, self.b.add(self.scales, offset), self.first), self.eights)
 
     def scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
-        """(S, M) of scale group 0 or 1 of the block, f32x16 each; M is None without minimum."""
-        b, panel = self.b, self.panel
-        halves, eights = ir.VectorType(I16, LANES), ir.VectorType(I8, LANES)
+        """(S, M) of scale group 0 or 1 of the block, f32 of each row; M is None without minimum."""
+        b, panel, floats = self.b, self.panel, self.floats
         if panel.scales == "d":
-            return emit_half_to_f32(b, load(b, self.scales, halves)), None
+            return self._f16(0), None
         if panel.scales == "dm":
-            d, m = (emit_half_to_f32(b, load(b, at(b, self.scales, o), halves)) for o in (0, 2 * ROWS))
-            return d, m
+            return self._f16(0), self._f16(2 * ROWS)
         if panel.scales == "dz":
-            d = emit_half_to_f32(b, load(b, self.scales, halves))
-            return d, b.fneg(b.fmul(d, b.uitofp(load(b, at(b, self.scales, 2 * ROWS), eights), V16F32)))
+            d, z = self._f16(0), load(b, at(b, self.scales, 2 * ROWS + self.first), self.eights)
+            return d, b.fneg(b.fmul(d, b.uitofp(z, floats)))
         per_block = BLOCK // panel.group
         subs = panel.blocks * per_block
         if panel.scales == "dm_sub":
             parts = []
             for i in range(2):
-                index = b.add(self.within, ir.Constant(I64, i * subs))
-                sub = load(b, b.add(self.scales, b.mul(index, ir.Constant(I64, ROWS))), eights)
-                factor = load(b, at(b, self.scales, (2 * subs + 2 * i) * ROWS), halves)
-                parts.append(b.fmul(emit_half_to_f32(b, factor), b.uitofp(sub, V16F32)))
+                sub = self._i8(b.add(self.within, ir.Constant(I64, i * subs)))
+                parts.append(b.fmul(self._f16((2 * subs + 2 * i) * ROWS), b.uitofp(sub, floats)))
             return parts[0], b.fneg(parts[1])
-        index = b.add(b.mul(self.within, ir.Constant(I64, per_block)), ir.Constant(I64, group))
-        sub = load(b, b.add(self.scales, b.mul(index, ir.Constant(I64, ROWS))), eights)
-        d = emit_half_to_f32(b, load(b, at(b, self.scales, subs * ROWS), halves))
+        sub = self._i8(b.add(b.mul(self.within, ir.Constant(I64, per_block)), ir.Constant(I64, group)))
+        d = self._f16(subs * ROWS)
         if panel.scales == "dm_sub4":
-            dmin = emit_half_to_f32(b, load(b, at(b, self.scales, (subs + 2) * ROWS), halves))
-            nibbles = b.and_(sub, const(eights, 15)), b.lshr(sub, const(eights, 4))
-            scale, low = (b.fmul(f, b.uitofp(n, V16F32)) for f, n in zip((d, dmin), nibbles, strict=True))
+            dmin = self._f16((subs + 2) * ROWS)
+            nibbles = b.and_(sub, const(self.eights, 15)), b.lshr(sub, const(self.eights, 4))
+            scale, low = (b.fmul(f, b.uitofp(n, floats)) for f, n in zip((d, dmin), nibbles, strict=True))
             return scale, b.fneg(low)
-        return b.fmul(d, b.sitofp(sub, V16F32)), None
+        return b.fmul(d, b.sitofp(sub, floats)), None
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def _start(b: ir.IRBuilder, panel: Panel, group: int, fields: ir.Value) -> ir.Value:
-    """What the sum of a scale group starts from, i32x16: -zero times the sum of the record's integers."""
-    if panel.zero == 0 or (panel.bits == 8 and not DOTS[TIER.dot].unsigned):
-        return const(V16I32, 0)
+def _start(b: ir.IRBuilder, panel: Panel, group: int, fields: ir.Value, rows: int) -> ir.Value:
+    """What the sum of a scale group starts from, i32 of each row: -zero times the sum of the record's integers."""
+    ints = ir.VectorType(I32, rows)
+    if panel.zero == 0 or (panel.bits == 8 and not dots_of(1).unsigned):
+        return const(ints, 0)
     if panel.group == 32:
         offset, shift = {8: SUM8, 16: SUM16, 128: SUM128}[panel.zero], 0
     else:
         offset, shift = HALVES[group], {32: 0, 4: 3}[panel.zero]
-    total = splat(b, load(b, at(b, fields, offset), I32))
-    return b.ashr(total, const(V16I32, shift)) if shift else total  # exact: a multiple of 32
+    total = splat(b, load(b, at(b, fields, offset), I32), rows)
+    return b.ashr(total, const(ints, shift)) if shift else total  # exact: a multiple of 32
+
+
+def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Value]) -> list[ir.Value]:
+    """Integer sums of a scale group, for each token i32 of each row; of two terms the first counts 256 times."""
+    panel, rows, dots = record.panel, record.rows, dots_of(len(x))
+    ints, quads = ir.VectorType(I32, rows), panel.group // 4
+    zeros = [const(ints, 0)] * len(x)
+    order = range(group * quads, (group + 1) * quads)
+
+    def starts() -> list[ir.Value]:
+        return [_start(b, panel, group, at(b, token, BLOCK * terms), rows) for token in x]
+
+    if not TIER.x86:  # few registers: both terms at once, and weights stay in none for long
+        many = panel.group == 16 or len(x) * terms > 2
+        both = [dots(b, panel, zeros if term < terms - 1 else starts()) for term in range(terms)]
+        for j in order if many else sorted(order, key=lambda j: (j % panel.planes[0] // dots.step, j)):
+            if many and j == 4:
+                record.forget()
+            w = record.quad(j)
+            for term, sums in enumerate(both):
+                sums.add(j, w, [at(b, token, BLOCK * term) for token in x])
+        totals = [[sums.total(t) for t in range(len(x))] for sums in both]
+        return [
+            functools.reduce(lambda s, n: b.add(b.shl(s, const(ints, 8)), n), of) for of in zip(*totals, strict=True)
+        ]
+    totals = zeros
+    for term in range(terms):
+        if term:
+            totals = [b.shl(s, const(ints, 8)) for s in totals]
+        if term == terms - 1:
+            totals = [b.add(s, start) for s, start in zip(totals, starts(), strict=True)]
+        sums = dots(b, panel, totals)
+        for j in order:
+            sums.add(j, record.quad(j, dots.unsigned), [at(b, token, BLOCK * term) for token in x])
+        totals = [sums.total(t) for t in range(len(x))]
+    return totals
 
 
 def _int8_block(
-    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, block: ir.Value, x: list[ir.Value], acc: list[ir.Value]
+    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, block: ir.Value, x: ir.Value, acc: Sums
 ) -> None:
-    """acc[t] += block's dot product with token t; x[t] is the address of the token's record."""
-    record = Record(b, panel, w, block)
-    fields = [at(b, token, BLOCK * terms) for token in x]
-    quads = panel.group // 4
-    for group in range(BLOCK // panel.group):
-        sums = [const(V16I32, 0)] * len(x)
-        for term in range(terms):
-            if term:
-                sums = [b.shl(s, const(V16I32, 8)) for s in sums]
-            if term == terms - 1:
-                sums = [b.add(s, _start(b, panel, group, f)) for s, f in zip(sums, fields, strict=True)]
-            dots = DOTS[TIER.dot](b, panel, sums)
-            for j in range(group * quads, (group + 1) * quads):
-                dots.add(j, record.quad(j, dots.unsigned), [at(b, token, BLOCK * term) for token in x])
-            sums = [dots.total(t) for t in range(len(x))]
-        scale, minimum = record.scale(group)
-        if minimum is not None and panel.group == 16:  # the record has -32 times the sum of a half
-            minimum = b.fmul(minimum, const(V16F32, -1 / 32))
-        for s, f, a in zip(sums, fields, acc, strict=True):
-            d = broadcast_f32(b, at(b, f, D))
-            total = emit_fma(b, b.sitofp(s, V16F32), b.fmul(scale, d), b.load(a))
-            if minimum is not None and panel.group == 32:
-                total = emit_fma(b, minimum, broadcast_f32(b, at(b, f, DSUM)), total)
-            elif minimum is not None:
-                half = splat(b, load(b, at(b, f, HALVES[group]), I32))
-                total = emit_fma(b, b.sitofp(half, V16F32), b.fmul(minimum, d), total)
-            b.store(total, a)
+    """acc[t][i] += the block's dot product with token t, part i of the rows. x: address of the first token's record."""
+    rows = ROWS // len(acc[0])
+    for part in range(len(acc[0])):
+        records = [at(b, emit_hidden(b, x) if part else x, record_bytes(terms) * t) for t in range(len(acc))]
+        record = Record(b, panel, w, block, part * rows, rows)
+        for group in range(BLOCK // panel.group):
+            sums = _sums(b, record, group, terms, records)
+            scale, minimum = record.scale(group)
+            if minimum is not None and panel.group == 16:  # the record has -32 times the sum of a half
+                minimum = b.fmul(minimum, const(record.floats, -1 / 32))
+            for s, token, parts in zip(sums, records, acc, strict=True):
+                fields, a = at(b, token, BLOCK * terms), parts[part]
+                d = broadcast_f32(b, at(b, fields, D), rows)
+                total = emit_fma(b, b.sitofp(s, record.floats), b.fmul(scale, d), b.load(a))
+                if minimum is not None and panel.group == 32:
+                    total = emit_fma(b, minimum, broadcast_f32(b, at(b, fields, DSUM), rows), total)
+                elif minimum is not None:
+                    half = splat(b, load(b, at(b, fields, HALVES[group]), I32), rows)
+                    total = emit_fma(b, b.sitofp(half, record.floats), b.fmul(minimum, d), total)
+                b.store(total, a)
 
 
 def _emit_tile(
@@ -203,15 +249,16 @@ def _emit_tile(
     w: ir.Value, nb: ir.Value, x: ir.Value, slots: ir.Value, y: ir.Value, y_stride: ir.Value, add: ir.Value,
 ) -> None:  # fmt: skip
     """`tokens` columns of y times one row group. terms as in make_matmul; 0 needs a float panel."""
-    chains = [[cgutils.alloca_once(b, V16F32) for _ in range(tokens)] for _ in range(1 if terms else 2)]
-    for a in itertools.chain(*chains):
-        b.store(const(V16F32, 0.0), a)
+    rows = dots_of(tokens).rows(tokens * terms) if terms else ROWS
+    lanes, parts = ir.VectorType(F32, rows), range(ROWS // rows)
+    count = 1 if terms else 2
+    chains: list[Sums] = [[[cgutils.alloca_once(b, lanes) for _ in parts] for _ in range(tokens)] for _ in range(count)]
+    for a in itertools.chain(*itertools.chain(*chains)):
+        b.store(const(lanes, 0.0), a)
     if terms:
-        size = record_bytes(terms)
-        step = b.mul(slots, ir.Constant(I64, size))
+        step = b.mul(slots, ir.Constant(I64, record_bytes(terms)))
         with cgutils.for_range(b, nb, intp=I64) as loop:
-            first = b.add(x, b.mul(loop.index, step))
-            _int8_block(b, panel, terms, w, loop.index, [at(b, first, size * t) for t in range(tokens)], chains[0])
+            _int8_block(b, panel, terms, w, loop.index, b.add(x, b.mul(loop.index, step)), chains[0])
     else:
         size, step = panel.record_bytes // BLOCK, b.mul(slots, ir.Constant(I64, 4))
         with cgutils.for_range(b, b.mul(nb, ir.Constant(I64, BLOCK // FLOAT_STEP)), intp=I64) as loop:
@@ -220,10 +267,10 @@ def _emit_tile(
             for kk in range(FLOAT_STEP):
                 weights = emit_load_as_f32(b, at(b, start, size * kk), panel.name)
                 row = b.add(first, b.mul(step, ir.Constant(I64, kk)))
-                for t, a in enumerate(chains[kk % 2]):
+                for t, (a,) in enumerate(chains[kk % 2]):
                     b.store(emit_fma(b, weights, broadcast_f32(b, at(b, row, 4 * t)), b.load(a)), a)
-    for t, parts in enumerate(zip(*chains, strict=True)):
-        total = functools.reduce(b.fadd, map(b.load, parts))
+    for t, sums in enumerate(zip(*chains, strict=True)):
+        total = functools.reduce(b.fadd, (join(b, [b.load(a) for a in chain]) for chain in sums))
         out = b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t)))
         kept = cgutils.alloca_once(b, V16F32)
         b.store(const(V16F32, 0.0), kept)
@@ -344,7 +391,7 @@ def make_peak(terms: int) -> Callable[[int, int], int]:
             w = b.add(at(b, address, PEAK_BYTES // 2), b.mul(turn, ir.Constant(I64, PEAK_BYTES // 8)))
             x = [at(b, address, 4 * 4 * PEAK_QUADS * t) for t in range(tokens)]
             if terms:
-                dots = DOTS[TIER.dot](b, PANELS["Q4_0"], [b.load(a) for a in acc])
+                dots = dots_of(tokens)(b, PANELS["Q4_0"], [b.load(a) for a in acc])
                 for j in range(PEAK_QUADS):
                     dots.add(j, load(b, at(b, w, 64 * j), V64I8), x)
                 for t, a in enumerate(acc):

@@ -134,13 +134,14 @@ def emit_rint(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def emit_half_to_f32(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """16 x i16 holding IEEE halves -> f32x16, exactly.
+    """i16 holding IEEE halves -> f32, exactly; 16, or any number where the CPU can.
 
     Where the CPU has no F16C, `fpext half` would call a function the JIT lacks. There: shift exponent and mantissa into
     place, scale by 2^112 (exact, denormals included), and put infinities and NaNs back.
     """
     if TIER.half:
-        return b.fpext(b.bitcast(bits, V16F16), V16F32)
+        n = bits.type.count
+        return b.fpext(b.bitcast(bits, ir.VectorType(F16, n)), ir.VectorType(F32, n))
     wide = b.zext(bits, V16I32)
     magnitude = b.shl(b.and_(wide, const(V16I32, 0x7FFF)), const(V16I32, 13))
     scaled = b.fmul(b.bitcast(magnitude, V16F32), const(V16F32, 2.0**112))
@@ -191,9 +192,14 @@ def emit_store_from_f32(b: ir.IRBuilder, address: ir.Value, value: ir.Value, ele
     store(b, address, value)
 
 
-def broadcast_f32(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+def broadcast_f32(b: ir.IRBuilder, address: ir.Value, lanes: int = LANES) -> ir.Value:
     """One f32 of memory in all lanes (an embedded broadcast on AVX-512)."""
-    return splat(b, load(b, address, F32))
+    return splat(b, load(b, address, F32), lanes)
+
+
+def emit_hidden(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same i64, of which LLVM knows nothing: what was loaded through it before is not kept, but loaded again."""
+    return b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [value], False)
 
 
 def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:

@@ -16,7 +16,7 @@ import naive
 from naive import CASES, FLOATS, QUANTS, TERMS, Case
 from smolrun.kernels import load
 from smolrun.kernels.panels import ROWS, pack
-from smolrun.kernels.target import TIERS, Tier, record_bytes, runnable, token_tile
+from smolrun.kernels.target import TIERS, Tier, choose, record_bytes, runnable, token_tile
 
 POINTWISE = ("rmsnorm", "swiglu", "rope", "quantise", "interleave", "half")
 NAMES = [*dict.fromkeys(c.name for c in CASES), *(f"row_{f}" for f in (*FLOATS, *QUANTS)), *POINTWISE]
@@ -43,13 +43,18 @@ def address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
+def tiers_to_test() -> list[str]:
+    """Tiers to test: all that this CPU runs, or the one that SMOLRUN_TIER names."""
+    return [choose().name] if os.environ.get("SMOLRUN_TIER") else [t.name for t in runnable()]
+
+
 def compile_all(names: Iterable[str] = (*NAMES, *MODEL)) -> None:
-    """Fill the cache with the kernels of every tier this CPU runs, two compilers at a time."""
+    """Fill the cache with the kernels of every tier to be tested, two compilers at a time."""
     script = (
         "import sys; from smolrun.kernels import load; from smolrun.kernels.target import TIERS;"
         "load.addresses(TIERS[sys.argv[1]], sys.argv[2:])"
     )
-    waiting, running = [t.name for t in runnable()], []
+    waiting, running = tiers_to_test(), []
     while waiting or running:
         while waiting and len(running) < 2:
             running.append(subprocess.Popen([sys.executable, "-c", script, waiting.pop(0), *names]))

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 import naive
-from calling import GUARD, Kernels, emitted
+from calling import GUARD, Kernels, emitted, tiers_to_test
 from conftest import as_elsewhere, compiled_only
 from naive import BUDGETS, CASES, QUANTS, TERMS, Case
 from smolrun.kernels.image import unseal
 from smolrun.kernels.load import image_key
 from smolrun.kernels.panels import PANELS, pack
-from smolrun.kernels.target import TIERS, runnable
+from smolrun.kernels.target import TIERS
 from smolrun.model import rope
 
-TESTED = [t.name for t in runnable()]
+TESTED = tiers_to_test()
 
 
 @pytest.fixture(scope="session")
@@ -348,6 +348,18 @@ def test_code_holds_the_instructions_claimed(tier: str) -> None:
         assert word in code, f"no {word}"
     for word in lacks:
         assert word not in code, f"has {word}"
+
+
+@pytest.mark.skipif(not TIERS[TESTED[0]].x86, reason="one kind of machine is enough: others are emulated")
+def test_sums_of_a_tile_stay_in_registers() -> None:
+    """No loop of products uses the stack: with one token, with two, and with a whole tile."""
+    for name, code in emitted("assembly", "dotprod", ["matmul_Q4_0_int8", "matmul_Q8_0_int8"]).items():
+        blocks = re.split(r"^(?=\.?\w+:)", code.decode(), flags=re.MULTILINE)
+        loops = [block for block in blocks if block.count("sdot\t") >= 32]
+        assert len(loops) == 3 and max(loop.count("sdot\t") for loop in loops) == 32 * TIERS["dotprod"].tiles[1]
+        for loop in loops:
+            assert re.search(rf"\tb\.ne\t{re.escape(loop.partition(':')[0])}\b", loop), f"{name}: no loop"
+            assert "[sp" not in loop, name
 
 
 @pytest.mark.parametrize("tier", compiled_only())
