@@ -1,8 +1,9 @@
 """README's tables and its plot, made from benchmarks/results/*.json so that no figure is typed by hand.
 
 python benchmarks/peers.py             # results/peers.json
+python benchmarks/edge.py              # results/edge.json, the table of ARM
 smolrun verify MODEL --text FILE --json > benchmarks/results/verify-NAME.json
-python benchmarks/readme.py            # rewrites the part of README.md between the markers
+python benchmarks/readme.py            # rewrites the parts of README.md between the markers
 python benchmarks/readme.py --plot     # and results/peers.svg (needs matplotlib: pip install "smolrun[plot]")
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- figures: made by benchmarks/readme.py -->\n", "<!-- end of figures -->\n"
+BEGIN, END = "<!-- {}: made by benchmarks/readme.py -->\n", "<!-- end of {} -->\n"
 PLOT = RESULTS / "peers.svg"
 PLAIN = "smolrun fast"
 
@@ -176,10 +177,42 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def insert(readme: str, text: str) -> str:
-    """README with the generated part replaced."""
-    head, rest = readme.split(BEGIN)
-    return head + BEGIN + text + END + rest.split(END)[1]
+def edge() -> str:
+    """The table of modelled speed on ARM."""
+    document = json.loads((RESULTS / "edge.json").read_text(encoding="utf-8"))
+    lines = [
+        "| core (model) | tier | format | decode: instructions a weight byte | llama.cpp | cycles | llama.cpp "
+        "| prefill: MACs a cycle | llama.cpp |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        ours, peer = row["ours"], row["peer"]
+        cells = [f"{row['meant']} ({row['model']})", row["tier"], row["format"].upper()]
+        for key, digits, best in (
+            ("instructions_per_byte", 2, min),
+            ("cycles_per_byte", 3, min),
+            ("prefill_macs_per_cycle", 1, max),
+        ):
+            both = [ours[key], peer[key]]
+            cells += [f"**{v:.{digits}f}**" if v == best(both) else f"{v:.{digits}f}" for v in both]
+        lines.append("| " + " | ".join(cells) + " |")
+    llvm, peer = document["llvm"], document["peer"]
+    return f"""{chr(10).join(lines)}
+
+Modelled, not measured: the inner loops on LLVM {llvm}'s models of the cores (llvm-mca), all data in the L1 cache;
+llama.cpp as in {peer}, by gcc for the same CPU. `python benchmarks/edge.py` makes it again.
+"""
+
+
+PARTS = {"figures": figures, "edge": edge}
+
+
+def written(readme: str) -> str:
+    """README with the generated parts replaced."""
+    for name, make in PARTS.items():
+        head, rest = readme.split(BEGIN.format(name))
+        readme = head + BEGIN.format(name) + make() + END.format(name) + rest.split(END.format(name))[1]
+    return readme
 
 
 if __name__ == "__main__":
@@ -188,4 +221,4 @@ if __name__ == "__main__":
     if parser.parse_args().plot:
         plot(json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))["rows"], PLOT)
     path = ROOT / "README.md"
-    path.write_text(insert(path.read_text(encoding="utf-8"), figures()), encoding="utf-8")
+    path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
