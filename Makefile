@@ -17,9 +17,10 @@ chat: .venv/.done
 test: .venv-test/.done
 	.venv-test/bin/pytest -W error $(ARGS)
 
-# the ARM tiers on emulated CPUs; installs qemu-user-static and debootstrap where it may, says what is missing where not
+# the ARM tiers and a bundle on emulated CPUs; installs qemu-user-static, debootstrap and lld where it may, says what is missing where not
 test-arm64: .venv-test/.done
 	.venv-test/bin/python tests/arm64.py
+	.venv-test/bin/python tests/arm64_bundle.py
 
 lint: .venv-test/.done
 	.venv-test/bin/ruff check .

@@ -29,7 +29,8 @@ from smolrun.kernels.target import TIERS
 
 SUITE, PYTHON = "bookworm", "3.11"
 QEMU = "qemu-aarch64-static"
-TOOLS = {QEMU: "qemu-user-static", "debootstrap": "debootstrap", "dpkg-deb": "dpkg"}  # command -> Debian's package
+# command -> Debian's package; lld is for bundles
+TOOLS = {QEMU: "qemu-user-static", "debootstrap": "debootstrap", "dpkg-deb": "dpkg", "ld.lld": "lld"}
 PLATFORMS = ("manylinux_2_17_aarch64", "manylinux2014_aarch64", "manylinux_2_28_aarch64")
 
 
