@@ -23,9 +23,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from calling import MODEL, NAMES
+from smolrun.files.checkpoint import open_checkpoint
 from smolrun.kernels import load
+from smolrun.kernels.link import TARGETS, c_interface, compile_objects, link
 from smolrun.kernels.load import user_cache
+from smolrun.kernels.program import API
 from smolrun.kernels.target import TIERS
+from smolrun.model.llama import Llama
+from test_capi import greedy, names_of, write_model
+from tiny import make_tiny
 
 SUITE, PYTHON = "bookworm", "3.11"
 QEMU = "qemu-aarch64-static"
@@ -152,6 +158,19 @@ names = ["swiglu", "matmul_Q4_0_int8"]
 load.addresses(target.choose(), names)
 print(target.choose().name, *(load.image_path(next(load.cache_folders()), target.choose(), name) for name in names))
 """
+# what a C caller calls, called by ctypes
+C = """
+import ctypes, json, sys
+c, handle, i64 = ctypes.CDLL(sys.argv[1]), ctypes.c_void_p(), ctypes.c_int64
+c.smolrun_strerror.restype = ctypes.c_char_p
+code = c.smolrun_open(sys.argv[2].encode(), None, i64(256), i64(2), ctypes.byref(handle))
+if code:
+    raise SystemExit(c.smolrun_strerror(i64(code)).decode())
+ids = [c.smolrun_prefill(handle, (ctypes.c_int32 * 3)(5, 6, 7), i64(3), None)]
+while len(ids) < TOKENS:
+    ids.append(c.smolrun_decode(handle, i64(ids[-1]), None))
+print(json.dumps(ids))
+"""
 KEYS = (
     "from smolrun.kernels.load import fingerprint\nprint(*map(fingerprint, ('forward', 'matmul', 'pointwise', 'team')))"
 )
@@ -180,6 +199,24 @@ def compile_tiers(cache: Path, names: Iterable[str]) -> None:
         if missing:
             load.compile_code("image", tier, missing, keep)
         print(f"{tier.name}: {len(missing)} kernels cross-compiled in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def c_caller(emulated: Emulated, folder: Path, tier: str) -> None:
+    """A tiny model's ids through the C interface, on a CPU that has the tier and on one that lacks it."""
+    path, target = make_tiny(folder / "tiny", fmt="Q4_0", embd_fmt="Q8_0").gguf, TARGETS["aarch64-linux-gnu"]
+    write_model(path, folder)
+    names = names_of(path)
+    objects = compile_objects(TIERS[tier], names, target) | c_interface(TIERS[tier], names, target)
+    link(objects, API, target, library := folder / "libsmolrun.so")
+    with open_checkpoint(path) as checkpoint:
+        model = Llama(checkpoint, threads=1)
+    expected = greedy(model, [5, 6, 7], TOKENS)
+    model.close()
+    arguments = ("-c", C.replace("TOKENS", str(TOKENS)), library, folder)
+    if (found := emulated.output("max", *arguments)).strip() != str(expected):
+        raise SystemExit(f"{tier}: a C caller gets {found}, Python {expected}")
+    if "lacks instructions" not in emulated.output("cortex-a53", *arguments, code=1):
+        raise SystemExit(f"cortex-a53 did not refuse a C library of {tier}")
 
 
 def real_model() -> Path:
@@ -271,6 +308,8 @@ def main() -> None:
                 if path.read_bytes() != (cache / "kernels" / path.parent.name / path.name).read_bytes():
                     raise SystemExit(f"{path.name} of {tier}: compiled there and compiled here differ")
             say(f"{cpu}: chose {tier} by itself; Numba compiled it there into the same bytes as here")
+        c_caller(emulated, folder, "dotprod")
+        say("a C caller gets Python's ids, and is told that a CPU lacks a library's instructions")
         for cpu, tiers in CPUS.items():
             for tier in {"i8mm", "dotprod", "neon"} - {*tiers}:
                 choose = "from smolrun.kernels.target import choose\nchoose()"
