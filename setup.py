@@ -16,6 +16,9 @@ REFERENCE = [
     "llama-cpp-python==0.3.36"
 ]  # the peer of `smolrun verify` and `smolrun bench --compare`; compiles C++ when installed
 
+# training's truth and peer, in an environment of its own: `make train-test`
+TRAIN_TEST = ["torch==2.13.0", "transformers>=5"]
+
 setup(
     name="smolrun",
     version="0.1.0",
@@ -40,6 +43,7 @@ setup(
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     extras_require={
         "test": TEST,
+        "train-test": TRAIN_TEST,
         "reference": REFERENCE,
         "compile": COMPILE,
         "plot": ["matplotlib>=3.8"],

@@ -22,6 +22,7 @@ from llvmlite import ir
 
 from . import ops
 from .attention import make_attention, merge_spans
+from .bf16 import pair, round_16
 from .block import HEAD_DIM, PAGE, B, S
 from .forward import call_matmul, call_row
 from .jit import TIER, kernel
@@ -168,45 +169,78 @@ def source_or_zero(a, t, row):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def tiles(item, a, scratch):  # type: ignore[no-untyped-def]
-    """item: a tile of T tokens."""
-    k, t0 = get_i64(a + A.k), item * T
-    slots = min(T, get_i64(a + A.n) - t0)
-    out, rows = get_i64(a + ops.TILES.out) + 4 * t0 * k, scratch + 8 * LANES
-    for j in range(slots):
-        put_i64(scratch + 8 * j, source_row(a, t0 + j, rows + 4 * k * j))
-    if WIDE and slots == T:
-        for c in range(0, k, LANES):
-            transpose_slots(scratch, 4 * c, out + 4 * T * c)
-    else:
+def rounded_row(x, k, out):  # type: ignore[no-untyped-def]
+    """k floats as bf16, in place or not: k / 2 pairs."""
+    for i in range(0, k, LANES):
+        round_16(x + 4 * i, out + 2 * i)
+    return out
+
+
+@kernel
+def paired_rows(a, t, row):  # type: ignore[no-untyped-def]
+    """Rows t and t + 1 of a source as k pairs of bf16."""
+    k = get_i64(a + A.k)
+    x, y, out = source_or_zero(a, t, row), source_or_zero(a, t + 1, row + 4 * k), row + 8 * k
+    for i in range(0, k, LANES):
+        pair(x + 4 * i, y + 4 * i, out + 4 * i)
+    return out
+
+
+def make_tiles(pairs: bool) -> Any:
+    """tiles, of numbers or of pairs of bf16. item: a tile of T tokens."""
+
+    @kernel
+    def tiles(item, a, scratch):  # type: ignore[no-untyped-def]
+        k, t0 = get_i64(a + A.k), item * T
+        width, slots = k // 2 if pairs else k, min(T, get_i64(a + A.n) - t0)
+        out, rows = get_i64(a + ops.TILES.out) + 4 * t0 * width, scratch + 8 * LANES
         for j in range(slots):
-            interleave(get_i64(scratch + 8 * j), k, out + 4 * j, 4 * slots)
+            row = source_row(a, t0 + j, rows + 4 * k * j)
+            put_i64(scratch + 8 * j, rounded_row(row, k, rows + 4 * k * j) if pairs else row)
+        if WIDE and slots == T:
+            for c in range(0, width, LANES):
+                transpose_slots(scratch, 4 * c, out + 4 * T * c)
+        else:
+            for j in range(slots):
+                interleave(get_i64(scratch + 8 * j), width, out + 4 * j, 4 * slots)
+
+    return tiles
 
 
-@kernel
-def columns(item, a, scratch):  # type: ignore[no-untyped-def]
-    """item: TOKENS tokens."""
-    k, rows, out = get_i64(a + A.k), get_i64(a + ops.COLUMNS.rows), get_i64(a + ops.COLUMNS.out)
-    for t in range(item * TOKENS, (item + 1) * TOKENS):
-        x = source_or_zero(a, t, scratch)
-        for c in range(0, k, T):
-            slots = min(T, k - c)
-            target = out + 4 * (c * rows + t * slots)
-            if WIDE and slots == T:
-                store_slots(target, vload(x + 4 * c))
-            else:
-                for j in range(slots):
-                    put_f32(target + 4 * j, get_f32(x + 4 * (c + j)))
+def make_columns(pairs: bool) -> Any:
+    """columns, of numbers or of pairs of tokens. item: TOKENS tokens."""
+    step = 2 if pairs else 1
+
+    @kernel
+    def columns(item, a, scratch):  # type: ignore[no-untyped-def]
+        k, rows, out = get_i64(a + A.k), get_i64(a + ops.COLUMNS.rows) // step, get_i64(a + ops.COLUMNS.out)
+        for t in range(item * TOKENS // step, (item + 1) * TOKENS // step):
+            x = paired_rows(a, 2 * t, scratch) if pairs else source_or_zero(a, t, scratch)
+            for c in range(0, k, T):
+                slots = min(T, k - c)
+                target = out + 4 * (c * rows + t * slots)
+                if WIDE and slots == T:
+                    store_slots(target, vload(x + 4 * c))
+                else:
+                    for j in range(slots):
+                        put_f32(target + 4 * j, get_f32(x + 4 * (c + j)))
+
+    return columns
 
 
-@kernel
-def row_panels(item, a, scratch):  # type: ignore[no-untyped-def]
-    """item: TOKENS tokens."""
-    k, rows, out = get_i64(a + A.k), get_i64(a + ops.ROW_PANELS.rows), get_i64(a + ops.ROW_PANELS.out)
-    for t in range(item * TOKENS, (item + 1) * TOKENS):
-        x = source_or_zero(a, t, scratch)
-        for c in range(0, k, ROWS):
-            vstore(out + 4 * (c * rows + t * ROWS), vload(x + 4 * c))
+def make_row_panels(pairs: bool) -> Any:
+    """panels, of numbers or of pairs of tokens. item: TOKENS tokens."""
+    step = 2 if pairs else 1
+
+    @kernel
+    def row_panels(item, a, scratch):  # type: ignore[no-untyped-def]
+        k, rows, out = get_i64(a + A.k), get_i64(a + ops.ROW_PANELS.rows) // step, get_i64(a + ops.ROW_PANELS.out)
+        for t in range(item * TOKENS // step, (item + 1) * TOKENS // step):
+            x = paired_rows(a, 2 * t, scratch) if pairs else source_or_zero(a, t, scratch)
+            for c in range(0, k, ROWS):
+                vstore(out + 4 * (c * rows + t * ROWS), vload(x + 4 * c))
+
+    return row_panels
 
 
 @kernel
@@ -220,28 +254,53 @@ def copy(item, a, scratch):  # type: ignore[no-untyped-def]
             vstore(out + 4 * i, vload(out + 4 * i) + v if add else v)
 
 
-def make_turn(name: str) -> Any:
+def make_turn(name: str, pairs: bool) -> Any:
     """turned(W) of a matrix of format `name`. item: a row group."""
     unpack, group_record = make_unpack(name), PANELS[name].record_bytes // PANELS[name].blocks
-    direct = name == "F32"
+    direct, step = name == "F32", 2 if pairs else 1
 
     @kernel
     def turn(item, a, scratch):  # type: ignore[no-untyped-def]
-        blocks, rows = get_i64(a + ops.TURN.blocks), get_i64(a + ops.TURN.rows)
+        blocks, rows = get_i64(a + ops.TURN.blocks), get_i64(a + ops.TURN.rows) // step
         panel = get_i64(a + ops.TURN.w) + item * blocks * group_record
-        out = get_i64(a + ops.TURN.out) + 4 * ROWS * ROWS * item
+        out = get_i64(a + ops.TURN.out) + 4 * ROWS * ROWS // step * item
+        block = scratch + 4 * ROWS * BLOCK * blocks
         real = item < get_i64(a + ops.TURN.groups)
         if real and not direct:
             unpack(panel, blocks, scratch)
             panel = scratch
         for c in range(0, blocks * BLOCK, ROWS):
-            if real:
-                transpose(panel + 4 * ROWS * c, 4 * ROWS, out + 4 * c * rows, 4 * ROWS)
+            target = out + 4 * c * rows
+            if not real:
+                for i in range(ROWS // step):
+                    vstore(target + 4 * ROWS * i, vsplat(f32(0.0)))
+            elif pairs:
+                transpose(panel + 4 * ROWS * c, 4 * ROWS, block, 4 * ROWS)
+                for i in range(ROWS // 2):
+                    pair(block + 128 * i, block + 128 * i + 64, target + 64 * i)
             else:
-                for i in range(ROWS):
-                    vstore(out + 4 * (c * rows + ROWS * i), vsplat(f32(0.0)))
+                transpose(panel + 4 * ROWS * c, 4 * ROWS, target, 4 * ROWS)
 
     return turn
+
+
+def make_pairs(name: str) -> Any:
+    """A matrix of format `name` as panels of pairs along k. item: a row group."""
+    unpack, group_record = make_unpack(name), PANELS[name].record_bytes // PANELS[name].blocks
+    direct = name == "F32"
+
+    @kernel
+    def pairs(item, a, scratch):  # type: ignore[no-untyped-def]
+        blocks = get_i64(a + ops.PAIRS.blocks)
+        panel = get_i64(a + ops.PAIRS.w) + item * blocks * group_record
+        out = get_i64(a + ops.PAIRS.out) + item * blocks * BLOCK // 2 * 64
+        if not direct:
+            unpack(panel, blocks, scratch)
+            panel = scratch
+        for i in range(blocks * BLOCK // 2):
+            pair(panel + 128 * i, panel + 128 * i + 64, out + 64 * i)
+
+    return pairs
 
 
 @kernel
@@ -514,24 +573,38 @@ def rope_back(item, a, scratch):  # type: ignore[no-untyped-def]
         rotate_back(scratch, table, f32(1.0), out + 4 * HEAD_DIM * (heads + h))
 
 
-@kernel
-def tiles_of_panels(item, a, scratch):  # type: ignore[no-untyped-def]
-    """The operand `tiles` of what lies as `panels`, some of its groups of columns. item: a tile of T tokens."""
-    P = ops.TILES_OF_PANELS
-    rows, first, count, t0 = get_i64(a + P.rows), get_i64(a + P.first), get_i64(a + P.count), item * T
-    slots = min(T, get_i64(a + P.n) - t0)
-    out = get_i64(a + P.out) + 4 * t0 * count * ROWS
-    for j in range(T):
-        put_i64(scratch + 8 * j, get_i64(a + P.panels) + 64 * (first * rows + t0 + j))
-    for g in range(count):
-        target, real = out + 4 * g * ROWS * slots, first + g < get_i64(a + P.groups)
-        if WIDE and slots == T and real:
-            transpose_slots(scratch, 64 * g * rows, target)
-        else:
+def make_tiles_of_panels(pairs: bool) -> Any:
+    """`tiles` of an even number of groups of columns of what lies as `panels`. item: a tile of T tokens."""
+    step = 2 if pairs else 1
+
+    @kernel
+    def tiles_of_panels(item, a, scratch):  # type: ignore[no-untyped-def]
+        P = ops.TILES_OF_PANELS
+        rows, first, count, t0 = get_i64(a + P.rows), get_i64(a + P.first), get_i64(a + P.count), item * T
+        slots = min(T, get_i64(a + P.n) - t0)
+        out, lines = get_i64(a + P.out) + 4 * t0 * count * ROWS // step, scratch + 8 * LANES
+        for j in range(T):
+            put_i64(scratch + 8 * j, lines + 64 * j)
+        for g in range(0, count, step):
             for j in range(slots):
-                for i in range(ROWS):
-                    x = get_f32(get_i64(scratch + 8 * j) + 64 * g * rows + 4 * i) if real else f32(0.0)
-                    put_f32(target + 4 * (i * slots + j), x)
+                for i in range(step):
+                    line, group = lines + 64 * j + 32 * i, first + g + i
+                    x = get_i64(a + P.panels) + 64 * (group * rows + t0 + j)
+                    if group >= get_i64(a + P.groups):
+                        x = lines + 64 * T
+                        vstore(x, vsplat(f32(0.0)))
+                    if pairs:
+                        round_16(x, line)
+                    else:
+                        vstore(line, vload(x))
+            target = out + 4 * (g // step) * ROWS * slots
+            if WIDE and slots == T:
+                transpose_slots(scratch, 0, target)
+            else:
+                for j in range(slots):
+                    interleave(lines + 64 * j, ROWS, target + 4 * j, 4 * slots)
+
+    return tiles_of_panels
 
 
 @kernel
@@ -618,11 +691,13 @@ def adamw(item, a, scratch):  # type: ignore[no-untyped-def]
         vstore(g + o, vsplat(f32(0.0)))
 
 
+MAKERS: dict[str, Any] = {  # with and without "_bf16"
+    "tiles": make_tiles,
+    "columns": make_columns,
+    "panels": make_row_panels,
+    "panel_tiles": make_tiles_of_panels,
+}
 OPS: dict[str, Any] = {
-    "tiles": tiles,
-    "columns": columns,
-    "panels": row_panels,
-    "panel_tiles": tiles_of_panels,
     "multiply": multiply,
     "copy": copy,
     "embed": embed,
@@ -640,11 +715,20 @@ OPS: dict[str, Any] = {
 }
 
 
+def _body(name: str, pairs: bool) -> Any:
+    kind, _, fmt = name.partition("_")
+    if name in MAKERS:
+        return MAKERS[name](pairs)
+    if kind == "turn":
+        return make_turn(fmt, pairs)
+    return make_pairs(fmt) if kind == "pairs" else OPS[name]
+
+
 def make_op(name: str) -> Callable[..., None]:
-    """job(block, tid) of an op of OPS, "attend", or "turn_FORMAT"."""
+    """job(block, tid) of an op: of OPS, "attend", "pairs_FORMAT"; of MAKERS or "turn_FORMAT", also with "_bf16"."""
     if name == "attend":
         return attend
-    body = make_turn(name.removeprefix("turn_")) if name.startswith("turn_") else OPS[name]
+    body = _body(name.removesuffix("_bf16"), name.endswith("_bf16"))
 
     def job(block, tid):  # type: ignore[no-untyped-def]
         counter, items = get_i64(block + A.counter), get_i64(block + A.items)

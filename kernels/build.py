@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterable
 
 from .block import KV_PAIRS
-from .target import TIERS
+from .target import ALL_TIERS
 
 NAMES = """forward_KIND forward_KIND_KIND (K and V of the cache) classify team_rouse team_run worker_loop
 matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
-op_NAME (training: backward.OPS)
+op_NAME (training: backward.OPS) pairs_matmul (bf16)
 smolrun_FUNCTION (of smolrun.h; for the plainest tier) smolrun_symbol,NAME,... (what a library of these names holds)
 read_STREAMS peak_int8 peak_f32 (measure the machine) rmsnorm swiglu rope quantise interleave (for tests alone)"""
 
@@ -33,6 +33,10 @@ def _function(name: str):  # type: ignore[no-untyped-def]
         return forward.make_forward(*KV_PAIRS[rest]), forward.PASS
     if name == "classify":
         return forward.classify, forward.PASS
+    if name == "pairs_matmul":
+        from . import bf16
+
+        return bf16.make_matmul(), matmul.MATMUL
     if kind == "matmul":
         fmt, _, mode = rest.rpartition("_")
         return matmul.make_matmul(fmt, {"int8": 1, "int8x2": 2, "f32": 0}[mode]), matmul.MATMUL
@@ -68,7 +72,7 @@ def _function(name: str):  # type: ignore[no-untyped-def]
 
 def main(kind: str, tier: str, names: Iterable[str], triple: str = "") -> None:
     """Compile entry points for a tier; triple: for which system, "": this one."""
-    target = TIERS[tier]
+    target = ALL_TIERS[tier]
     os.environ.update(SMOLRUN_BUILD_TIER=tier, NUMBA_CPU_NAME=target.cpu, NUMBA_CPU_FEATURES=target.features)
     # Numba's own optimiser would run on every function before it is linked: ours runs once, on the whole (jit.py)
     os.environ.update(NUMBA_DISABLE_JIT="0", NUMBA_OPT="0", NUMBA_DEBUGINFO="0")

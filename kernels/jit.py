@@ -15,11 +15,11 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
-from .target import TIERS
+from .target import ALL_TIERS
 
-if os.environ.get("SMOLRUN_BUILD_TIER") not in TIERS:
+if os.environ.get("SMOLRUN_BUILD_TIER") not in ALL_TIERS:
     raise ImportError("kernels compile for one tier a process: use smolrun.kernels.build, or set SMOLRUN_BUILD_TIER")
-TIER = TIERS[os.environ["SMOLRUN_BUILD_TIER"]]  # what this process compiles for
+TIER = ALL_TIERS[os.environ["SMOLRUN_BUILD_TIER"]]  # what this process compiles for
 
 if platform.machine() not in TIER.machines:  # Numba lowers each function for "this process" too, though nobody calls it
     llvm.initialize_all_targets()

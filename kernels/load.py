@@ -64,6 +64,7 @@ MODULES = {  # first word of an entry point -> the module that makes it; every o
     "peak": "matmul",
     "op": "backward",
     "smolrun": "capi",
+    "pairs": "bf16",
     "team": "team",
     "worker": "team",
 }

@@ -304,11 +304,21 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
     panel = PANELS[name]
     if terms == 0 and not panel.is_float:
         return _make_unpacked_matmul(name)
-    group_record = panel.record_bytes // panel.blocks
     full = token_tile(TIER, terms)
-    tile = make_tile(panel, terms, [*(t for t in (1, 2, 4, 8) if t < full), full])
-    slot = record_bytes(terms) if terms else 4  # bytes from token to token
-    token_block = record_bytes(terms) if terms else BLOCK * 4
+    size = record_bytes(terms) if terms else 4  # bytes from token to token
+    tile = make_tile(panel, terms, tile_sizes(full))
+    return tiled(tile, full, panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
+
+
+def tile_sizes(full: int) -> list[int]:
+    """Tokens of the tiles that `tiled` takes."""
+    return [*(t for t in (1, 2, 4, 8) if t < full), full]
+
+
+def tiled(tile: Any, full: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
+    """matmul(...) of a tile of up to `full` tokens. Bytes: group_record of a block of a row group, slot from token to
+    token of a tile, token_block of a token's block.
+    """
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
         for t0 in range(0, n, full):

@@ -35,6 +35,7 @@ TILES = _op(SOURCE + " out")
 COLUMNS = _op(SOURCE + " rows out")  # rows: n rounded up to 32; the rest is zero
 ROW_PANELS = _op(SOURCE + " rows out")
 TURN = _op("w groups blocks rows out")  # rows: of the output, from the first group on; beyond the groups they are zero
+PAIRS = _op("w blocks out")  # for bf16, drawn in bf16.py
 MULTIPLY = _op("matmul w blocks groups step x n y stride group_bytes add")
 COPY = _op(SOURCE + " out out_stride add")
 EMBED = _op("look_up w blocks ids dim out")
@@ -72,7 +73,9 @@ WORDS = {
     "embed_back": EMBED_BACK,
     "squares": SQUARES,
     "adamw": ADAMW,
-}  # and "turn_FORMAT"
+}
+PER_FORMAT = {"turn": TURN, "pairs": PAIRS}  # + "_FORMAT"
+IN_PAIRS = ("tiles", "columns", "panels", "panel_tiles", "turn")  # also + "_bf16": their output in pairs of bf16
 
 TOKENS = 32  # tokens of an item of most ops, and what counts of them are rounded up to where they are summed over
 COLUMN_STEP = 32  # columns of an item of EMBED_BACK

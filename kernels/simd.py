@@ -179,16 +179,20 @@ def emit_load_as_f32(b: ir.IRBuilder, address: ir.Value, element: str) -> ir.Val
     return b.bitcast(b.shl(b.zext(bits, V16I32), const(V16I32, 16)), V16F32)
 
 
+def emit_f32_to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """f32x16 -> i32x16 below 2^16 holding bf16, to nearest even."""
+    bits = b.bitcast(value, V16I32)
+    odd = b.and_(b.lshr(bits, const(V16I32, 16)), const(V16I32, 1))
+    rounded = b.lshr(b.add(bits, b.add(odd, const(V16I32, 0x7FFF))), const(V16I32, 16))
+    return b.select(b.fcmp_unordered("uno", value, value), const(V16I32, 0x7FC0), rounded)  # NaN stays NaN
+
+
 def emit_store_from_f32(b: ir.IRBuilder, address: ir.Value, value: ir.Value, element: str) -> None:
     """f32x16 -> 16 neighbours as "F32", "F16" or "BF16", to nearest even."""
     if element == "F16":
         value = emit_f32_to_half(b, value)
     elif element == "BF16":
-        bits = b.bitcast(value, V16I32)
-        odd = b.and_(b.lshr(bits, const(V16I32, 16)), const(V16I32, 1))
-        rounded = b.lshr(b.add(bits, b.add(odd, const(V16I32, 0x7FFF))), const(V16I32, 16))
-        kept = b.select(b.fcmp_unordered("uno", value, value), const(V16I32, 0x7FC0), rounded)  # NaN stays NaN
-        value = b.trunc(kept, ir.VectorType(I16, LANES))
+        value = b.trunc(emit_f32_to_bf16(b, value), ir.VectorType(I16, LANES))
     store(b, address, value)
 
 

@@ -97,8 +97,13 @@ TIERS: dict[str, Tier] = {  # best first
 }
 
 
+# Training's products of bf16, if asked for: bits of its own, so it is never chosen for anything else
+BF16 = _x86("avx512bf16", "x86-64-v4", _V4 + ",avx512vnni,avx512bf16", "vnni512", True, (14, 14, 11), 16)
+ALL_TIERS = TIERS | {BF16.name: BF16}
+
 # Linux's names of LLVM's x86 features, where they differ. It lists a feature only if it also saves its registers.
 _LINUX = {
+    "avx512bf16": "avx512_bf16",
     "avx512vnni": "avx512_vnni",
     "avxvnni": "avx_vnni",
     "bmi": "bmi1",
@@ -121,7 +126,7 @@ def host_features() -> frozenset[str]:
     """LLVM's names of the features of this CPU, as far as tiers need them: what the system says, nothing guessed."""
     machine = platform.machine()
     if machine in _X86 and (flags := _cpuinfo_flags()):
-        needed = {name for tier in TIERS.values() if tier.x86 for name in tier.needs}
+        needed = {name for tier in ALL_TIERS.values() if tier.x86 for name in tier.needs}
         return frozenset(name for name in needed if _LINUX.get(name, name) in flags)
     if machine in _ARM and (auxv := _auxiliary_vector()):
         return frozenset(name for name, (word, bit) in _HWCAP.items() if auxv.get(word, 0) >> bit & 1)

@@ -13,7 +13,7 @@ import naive
 from smolrun.config import ModelConfig
 from smolrun.errors import ContextOverflow, OptionError, SmolrunError
 from smolrun.files.checkpoint import open_checkpoint
-from smolrun.kernels.target import runnable
+from smolrun.kernels.target import BF16, host_features, runnable
 from smolrun.model.llama import Llama
 from smolrun.train import DPO, AdamW, Batch, LoRA, Model, Pairs, Trainer, constant, cosine, evaluate, next_token, wsd
 from tiny import Tiny, make_tiny
@@ -383,3 +383,57 @@ def test_what_is_refused(tiny: Tiny, make: Make) -> None:
     with pytest.raises(SmolrunError, match="diverged"):
         trainer.step([Batch.of(documents(tiny.config, (20,)))])
     assert np.array_equal(model.parameters.values, before)
+
+
+# ---- bf16 ------------------------------------------------------------------------------------------------------------
+
+HAS_BF16 = runnable()[0].name == "avx512vnni" and set(BF16.needs) <= host_features()
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """float32 to the nearest bf16."""
+    return naive.stored(x, "bf16").astype(np.float32)
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="no AVX512-BF16")
+def test_bf16_rounds_operands_and_nothing_else(tiny: Tiny, make: Make) -> None:
+    """Log p of one product alone, the head's, is that of rounded operands; gradients are near f32's."""
+    batch = batch_of(tiny.config)
+    f32, bf16 = make(tiny), make(tiny, precision="bf16")
+    for model in (f32, bf16):
+        for name in model.parameters.shapes:
+            if name.endswith(("attn_output.weight", "ffn_down.weight")):
+                model.parameters.set(name, np.zeros(model.parameters.shapes[name], np.float32))  # layers add nothing
+    x = bf16.forward(batch)
+    assert np.array_equal(x, f32.forward(batch))
+    h = naive.rmsnorm(x, bf16.parameters.get("output_norm.weight"), tiny.config.norm_eps).astype(np.float32)
+    logits = naive.matmul(rounded(bf16.parameters.get("token_embd.weight")), rounded(h))
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = np.where(batch.learnt, expected[np.arange(len(x)), batch.targets], 0)
+    found = bf16.log_probs()
+    assert np.abs(found - expected).max() < 2e-3 < np.abs(f32.log_probs() - expected).max()
+
+    one, two = make(tiny, precision="bf16"), make(tiny, precision="bf16", threads=3, recompute=True)
+    assert np.array_equal(bits(one, batch), bits(two, batch))
+    exact = gradients(make(tiny), batch)
+    for name, gradient in gradients(one, batch).items():
+        assert 1e-3 < np.linalg.norm(gradient - exact[name]) / np.linalg.norm(exact[name]) < 0.1, name
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="no AVX512-BF16")
+def test_bf16_learns_beside_f32_also_with_adapters_on_packed_weights(tmp_path: Path, make: Make) -> None:
+    tiny = make_tiny(tmp_path, fmt="Q8_0", dim=256, hidden_dim=512, n_layers=1)
+    batches = [[Batch.of(documents(tiny.config, (40, 50)))]] * 8
+    for options in ({}, {"lora": LoRA(targets=("q", "o", "up", "down"))}):
+        _, f32 = learn(make(tiny.gguf, **options), batches)
+        _, bf16 = learn(make(tiny.gguf, precision="bf16", **options), batches)
+        np.testing.assert_allclose(f32, bf16, rtol=0.05)
+        assert bf16[-1] < bf16[0] - 0.2
+
+
+def test_bf16_is_refused_where_it_cannot_be(tiny: Tiny, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLRUN_TIER", "generic" if runnable()[0].x86 else "neon")
+    with pytest.raises(OptionError, match="AVX512-BF16"):
+        make(tiny, precision="bf16")
+    with pytest.raises(OptionError, match="f32 or bf16"):
+        make(tiny, precision="fp8")

@@ -29,7 +29,7 @@ from smolrun.kernels.ops import COLUMN_STEP, TOKENS
 from smolrun.kernels.panels import BLOCK, ROWS
 from smolrun.model import rope
 from smolrun.model.machine import available_cores
-from smolrun.model.memory import Arena, panel_bytes
+from smolrun.model.memory import Arena
 from smolrun.model.weights import TENSOR
 from smolrun.train.adapters import Adapter, LoRA
 from smolrun.train.ops import Ops, Rows
@@ -39,6 +39,7 @@ Floats = NDArray[np.float32]
 LOGIT_ROWS = 256  # tokens whose logits exist at a time
 HEAD_ROWS = 4096  # rows of the classifier that are transposed at a time
 CLAIM_BYTES = 128 << 10  # panels of one item of a product
+PAIRS = "pairs"  # the format of an operand in pairs of bf16
 IGNORED = -1  # a target that is not to be learnt
 
 
@@ -85,7 +86,7 @@ class Layer:
 
 
 def buffer_sizes(
-    c: ModelConfig, n: int, context: int, *, lora: LoRA | None = None, recompute: bool = False
+    c: ModelConfig, n: int, context: int, *, lora: LoRA | None = None, recompute: bool = False, bf16: bool = False
 ) -> dict[str, int]:
     """Bytes of each buffer of a model that takes n tokens at a time; pages of keys and values come beside them."""
     rank = lora.padded if lora else 0
@@ -106,6 +107,7 @@ def buffer_sizes(
     floats |= {"dq": n * c.q_dim, "dk": n * c.q_dim, "dv": n * c.q_dim, "dqkv": n * width}
     floats |= {"du": n * rank, "dropped": n * widest if lora and lora.dropout else 0}
     floats |= {"tiles": max(n * widest, rows * head), "columns": rounded * widest, "panels": rounded * widest}
+    floats |= {"pairs": max(largest, head * max(c.dim, rows)) // 2 if bf16 else 0}
     floats |= {"turned": max(largest, head * c.dim), "parts": rounded // TOKENS * c.dim}
     floats |= {"hx": n * c.dim, "dhx": n * c.dim, "logits": rows * ROWS * groups, "stats": 2 * n, "weights": n}
     floats |= {"rope": context * HEAD_DIM}
@@ -129,6 +131,7 @@ class Model:
         tokens: int,
         lora: LoRA | None = None,
         quantize: str | None = None,
+        precision: str = "f32",
         recompute: bool = False,
         threads: int | None = None,
         seed: int = 0,
@@ -142,10 +145,14 @@ class Model:
             lora: train adapters beside the checkpoint's own frozen weights, whatever their format; None: all weights
                 as f32.
             quantize: format of float weights once frozen, as smolrun.load.
+            precision: of the products: "f32", the runtime's own, or "bf16", operands rounded and sums in f32 (weights,
+                gradients and all else stay f32), on CPUs with AVX512-BF16.
             recompute: keep only x of each layer, and compute its tape again when it is needed.
             context: longest document; None: the model's own, or `tokens` if that is less.
             progress: (done, all) of kernels that are compiled.
         """
+        if precision not in ("f32", "bf16"):
+            raise OptionError(f"precision={precision!r}: expected f32 or bf16")
         c = source if isinstance(source, ModelConfig) else source.config
         self.config, self.tokens, self.use_adapters = c, tokens, True
         if not 1 <= tokens <= 1 << 20:
@@ -168,7 +175,9 @@ class Model:
         matrix = self.parameters.matrix if frozen is None else frozen.matrix
         norm = (lambda name: Norm(*self.parameters.address(name))) if frozen is None else frozen.norm
         widest = max(c.dim, c.hidden_dim, c.q_dim, lora.padded if lora else 0)
-        self.ops = Ops(frozen.formats if frozen else (), widest, threads or available_cores(), progress)
+        self.ops = Ops(
+            frozen.formats if frozen else (), widest, threads or available_cores(), precision == "bf16", progress
+        )
         self._frozen = frozen
         self.recompute = recompute
         self._allocate(lora)
@@ -196,7 +205,9 @@ class Model:
     def _allocate(self, lora: LoRA | None) -> None:
         c = self.config
         self._rank = lora.padded if lora else 0
-        sizes = buffer_sizes(c, self.tokens, self.context, lora=lora, recompute=self.recompute)
+        sizes = buffer_sizes(
+            c, self.tokens, self.context, lora=lora, recompute=self.recompute, bf16=self.ops.bf16
+        )
         self._arena = Arena(sizes)
         self._at = {name: self._arena.address(name) for name in sizes}
         self._u = {
@@ -247,11 +258,18 @@ class Model:
         """y (+)= x W^T, x as `tiles` or `columns`."""
         step = max(1, CLAIM_BYTES // (64 * m.cols))
         step = min(step, -(-m.groups // (4 * self.ops.threads)))
+        w, matmul = m.address, "pairs_matmul" if self.ops.bf16 else f"matmul_{m.format}_f32"
+        if self.ops.bf16 and m.format != PAIRS:
+            w = self._at["pairs"]
+            self.ops(f"pairs_{m.format}", m.groups, w=m.address, blocks=m.cols // BLOCK, out=w)
         self.ops(
-            "multiply", -(-m.groups // step), matmul=self.ops.code[f"matmul_{m.format}_f32"], w=m.address,
-            blocks=m.cols // BLOCK, groups=m.groups, step=step, x=x, n=n, y=y, stride=stride or m.rows,
-            group_bytes=group_bytes, add=int(add),
+            "multiply", -(-m.groups // step), matmul=self.ops.code[matmul], w=w, blocks=m.cols // BLOCK,
+            groups=m.groups, step=step, x=x, n=n, y=y, stride=stride or m.rows, group_bytes=group_bytes, add=int(add),
         )  # fmt: skip
+
+    def _operand(self, rows: int, cols: int, address: int) -> Matrix:
+        """What an op has made to be multiplied with."""
+        return Matrix("", rows, cols, PAIRS if self.ops.bf16 else "F32", address)
 
     def _tiles(self, x: Rows) -> int:
         self.ops("tiles", -(-self._n // self.ops.tile), x, n=self._n, out=self._at["tiles"])
@@ -282,18 +300,17 @@ class Model:
         rows = -(-self._n // TOKENS) * TOKENS
         self.ops("panels", rows // TOKENS, dy, n=self._n, rows=rows, out=self._at["panels"])
         self.ops("columns", rows // TOKENS, x, n=self._n, rows=rows, out=self._at["columns"])
-        dy_panels = Matrix("", m.rows, rows, "F32", self._at["panels"])
+        dy_panels = self._operand(m.rows, rows, self._at["panels"])
         self._multiply(dy_panels, self._at["columns"], m.cols, m.gradient, ROWS, add=True, group_bytes=64 * m.cols)
 
-    def _turned(self, m: Matrix, first: int = 0, rows: int = 0) -> Matrix:
-        """W^T, or that of some rows from row group `first` on."""
-        rows = rows or m.rows
-        group_bytes = panel_bytes(m.format, ROWS, m.cols)
+    def _turned(self, m: Matrix) -> Matrix:
+        """W^T; W has an even number of row groups, or zeros stand for the missing one."""
+        rows = -(-m.rows // BLOCK) * BLOCK
         self.ops(
-            f"turn_{m.format}", rows // ROWS, w=m.address + first * group_bytes, blocks=m.cols // BLOCK,
-            groups=m.groups - first, rows=rows, out=self._at["turned"],
+            f"turn_{m.format}", rows // ROWS, w=m.address, blocks=m.cols // BLOCK, groups=m.groups, rows=rows,
+            out=self._at["turned"],
         )  # fmt: skip
-        return Matrix("", m.cols, rows, "F32", self._at["turned"])
+        return self._operand(m.cols, rows, self._at["turned"])
 
     def _backward(self, layer: Layer, x: Rows, douts: dict[str, Rows], dx: int | None, add: bool = False) -> None:
         """From the gradients of y = x W^T those of W, of adapters, and dx (+)= sum of dy W, rows of x.k floats."""
@@ -444,7 +461,9 @@ class Model:
         self._n = n
         rows = -(-n // TOKENS) * TOKENS
         x = Rows(at["hx"] + 4 * first * c.dim, c.dim, norm=self.final_norm.address, eps=c.norm_eps)
-        self._multiply(head, self._tiles(x), n, at["logits"], ROWS, group_bytes=64 * rows)
+        tiles, group_bytes = self._tiles(x), 64 * rows
+        for group, part in head.parts(HEAD_ROWS // ROWS):
+            self._multiply(part, tiles, n, at["logits"] + group * group_bytes, ROWS, group_bytes=group_bytes)
         self.ops(
             "loss", rows, logits=at["logits"], rows=rows, n=n, groups=head.groups, vocab=c.vocab_size,
             targets=at["targets"] + 8 * first, weights=at["weights"] + 4 * first, stats=at["stats"] + 8 * first,
@@ -453,15 +472,15 @@ class Model:
         if gradient:
             if head.gradient:
                 self.ops("columns", rows // TOKENS, x, n=n, rows=rows, out=at["columns"])
-                dlogits = Matrix("", head.rows, rows, "F32", at["logits"])
-                self._multiply(dlogits, at["columns"], c.dim, head.gradient, ROWS, add=True, group_bytes=64 * c.dim)
-            for group in range(0, head.groups, HEAD_ROWS // ROWS):
-                count = min(HEAD_ROWS // ROWS, -(-(head.groups - group) // 2) * 2)
+                for group, part in Matrix("", head.rows, rows, "F32", at["logits"]).parts(HEAD_ROWS // ROWS):
+                    dw, group_bytes = head.gradient + 64 * c.dim * group, 64 * c.dim
+                    self._multiply(part, at["columns"], c.dim, dw, ROWS, add=True, group_bytes=group_bytes)
+            for group, part in head.parts(HEAD_ROWS // ROWS):
+                turned = self._turned(part)
                 self.ops(
                     "panel_tiles", -(-n // self.ops.tile), panels=at["logits"], rows=rows, n=n, groups=head.groups,
-                    first=group, count=count, out=at["tiles"],
+                    first=group, count=turned.cols // ROWS, out=at["tiles"],
                 )  # fmt: skip
-                turned = self._turned(head, group, count * ROWS)
                 self._multiply(turned, at["tiles"], n, at["dhx"] + 4 * first * c.dim, add=group > 0)
         self._n = whole
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from smolrun.errors import KernelError
+from smolrun.errors import KernelError, OptionError
 from smolrun.kernels import load as kernels
 from smolrun.kernels import ops as told
 from smolrun.kernels.block import LINE, f32_bits, scratch_bytes
-from smolrun.kernels.target import choose, token_tile
+from smolrun.kernels.target import BF16, choose, host_features, token_tile
 from smolrun.model.memory import Arena
 from smolrun.model.workers import Team
 
@@ -47,22 +47,33 @@ class Ops:
         formats: Iterable[str],
         max_k: int,
         threads: int,
+        bf16: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """formats: of the matrices that are multiplied; max_k: the most columns of a source.
+        """formats: of the matrices that are multiplied; max_k: the most columns of a source; bf16: operands of products
+        are bf16 in pairs (kernels/bf16.py).
 
         Raises:
             KernelError: no kernels for this CPU, or their compilation failed.
+            OptionError: bf16 on a CPU without AVX512-BF16.
         """
-        formats = sorted({"F32", *formats})
-        names = [f"op_{name}" for name in told.WORDS] + [f"op_turn_{f}" for f in formats]
-        names += [f"{kind}_{f}{mode}" for f in formats for kind, mode in (("matmul", "_f32"), ("row", ""))]
+        self.bf16, formats = bf16, sorted({"F32", *formats})
+        products = [*told.IN_PAIRS[:-1], *(f"turn_{f}" for f in formats)]
+        names = [f"op_{name}" for name in told.WORDS if name not in products]
+        names += [f"op_{name}_bf16" if bf16 else f"op_{name}" for name in products]
+        names += [f"op_pairs_{f}" if bf16 else f"matmul_{f}_f32" for f in formats] + [f"row_{f}" for f in formats]
         names += ["team_rouse", "team_run", "worker_loop"]
+        report = (lambda done, all_, name: progress(done, all_)) if progress else None
         try:
             self.tier = choose()
-            self.code = kernels.addresses(
-                self.tier, names, (lambda done, all_, name: progress(done, all_)) if progress else None
-            )
+            if bf16 and (self.tier.name != "avx512vnni" or not set(BF16.needs) <= host_features()):
+                raise OptionError(
+                    "precision='bf16' needs a CPU with AVX512-BF16 (Zen 4, Sapphire Rapids and later), and no other "
+                    "SMOLRUN_TIER than avx512vnni: take 'f32'"
+                )
+            self.code = kernels.addresses(self.tier, names, report)
+            if bf16:
+                self.code |= kernels.addresses(BF16, ["pairs_matmul"], report)
         except (kernels.BuildError, RuntimeError) as error:
             raise KernelError(f"{error} (see `smolrun warmup -v`)") from error
         self.tile = token_tile(self.tier, 0)
@@ -77,7 +88,10 @@ class Ops:
 
     def __call__(self, name: str, items: int, source: Rows | None = None, **words: int | float) -> None:
         """Do all items of an op."""
-        places = told.TURN if name.startswith("turn_") else told.WORDS[name]
+        kind = name.partition("_")[0]
+        places = told.WORDS.get(name) or told.PER_FORMAT[kind]
+        if self.bf16 and (name in told.IN_PAIRS or kind in told.IN_PAIRS):
+            name += "_bf16"
         if source is not None:
             words = source.words() | words
         block = self._block

@@ -8,8 +8,8 @@ Names are GGUF's, rows of q and k in half-split rotary order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from smolrun.files.checkpoint import Checkpoint
 from smolrun.kernels.formats import FORMATS, dequantize_ref
 from smolrun.kernels.panels import ROWS, pack
 from smolrun.model import weights
-from smolrun.model.memory import Arena
+from smolrun.model.memory import Arena, panel_bytes
 
 Floats = NDArray[np.float32]
 
@@ -39,6 +39,13 @@ class Matrix:
     def groups(self) -> int:
         """Row groups of 16."""
         return -(-self.rows // ROWS)
+
+    def parts(self, groups: int) -> Iterator[tuple[int, Matrix]]:
+        """(first group, matrix) of up to so many row groups each."""
+        group_bytes = panel_bytes(self.format, ROWS, self.cols)
+        for first in range(0, self.groups, groups):
+            rows = min(groups * ROWS, self.rows - first * ROWS)
+            yield first, replace(self, rows=rows, address=self.address + first * group_bytes)
 
 
 @dataclass(frozen=True)
