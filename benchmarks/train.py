@@ -31,8 +31,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("bf16 autocast", {"precision": "bf16"}),
     "bf16 recompute": ("bf16 autocast", {"precision": "bf16", "recompute": True}),
     "lora r16 on q8_0": ("", {"targets": ("q", "v")}),
-    "lora r16 on q8_0, all": ("", {"targets": ("q", "k", "v", "o", "gate", "up", "down")}),
-    "lora r16 on q8_0, all, bf16": (
+    "lora r16 on q8_0 all": ("", {"targets": ("q", "k", "v", "o", "gate", "up", "down")}),
+    "lora r16 on q8_0 all bf16 recompute": (
         "",
         {"targets": ("q", "k", "v", "o", "gate", "up", "down"), "precision": "bf16", "recompute": True},
     ),
@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--torch", default="", help="an interpreter that has torch and transformers; one is made")
     parser.add_argument("--folder", type=Path, help="the model; the installed 135M as a folder of f16")
-    parser.add_argument("--save", action="store_true", help="into results/train.json")
+    parser.add_argument(
+        "--save", action="store_true", help="into results/train.json, in place of rows of the same names"
+    )
     parser.add_argument("--child", nargs=2, metavar=("WHO", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -176,8 +178,9 @@ def main() -> None:
     print(table(rows))
     if options.save:
         facts = {"batch": BATCH, "length": LENGTH, "threads": options.threads, "machine": peers.machine()}
-        path = ROOT / "benchmarks" / "results" / "train.json"
-        peers.write_json(path, facts | {"rows": rows})
+        path, names = ROOT / "benchmarks" / "results" / "train.json", {row["name"] for row in rows}
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
+        peers.write_json(path, facts | {"rows": [row for row in before if row["name"] not in names] + rows})
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_a_second_pass_is_as_the_first(tiny: Tiny, make: Make) -> None:
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", ["F32", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("fmt", ["F32", "Q8_0", "Q4_K"])
 def test_adapters_have_the_gradients_of_the_merged_matrix(fmt: str, tmp_path: Path, make: Make) -> None:
     """dW of the merged model, multiplied with the other factor, is the gradient of each factor: s B^T dW, s dW A^T."""
     tiny = make_tiny(tmp_path, fmt=fmt, dim=256, hidden_dim=512, n_layers=2)
@@ -427,7 +427,7 @@ def test_bf16_learns_beside_f32_also_with_adapters_on_packed_weights(tmp_path: P
     for options in ({}, {"lora": LoRA(targets=("q", "o", "up", "down"))}):
         _, f32 = learn(make(tiny.gguf, **options), batches)
         _, bf16 = learn(make(tiny.gguf, precision="bf16", **options), batches)
-        np.testing.assert_allclose(f32, bf16, rtol=0.05)
+        np.testing.assert_allclose(f32, bf16, atol=0.05)
         assert bf16[-1] < bf16[0] - 0.2
 
 

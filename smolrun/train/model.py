@@ -205,9 +205,7 @@ class Model:
     def _allocate(self, lora: LoRA | None) -> None:
         c = self.config
         self._rank = lora.padded if lora else 0
-        sizes = buffer_sizes(
-            c, self.tokens, self.context, lora=lora, recompute=self.recompute, bf16=self.ops.bf16
-        )
+        sizes = buffer_sizes(c, self.tokens, self.context, lora=lora, recompute=self.recompute, bf16=self.ops.bf16)
         self._arena = Arena(sizes)
         self._at = {name: self._arena.address(name) for name in sizes}
         self._u = {
