@@ -78,6 +78,7 @@ def torch(folder: str, setting: str, steps: int, threads: int) -> dict[str, Any]
     """Times and losses of torch's steps."""
     import contextlib
 
+    sys.path.pop(0)  # this folder: transformers looks for a package "kernels", and finds ours
     import torch
     from transformers import AutoModelForCausalLM
 
