@@ -2,6 +2,7 @@
 
 python benchmarks/peers.py             # results/peers.json
 python benchmarks/edge.py              # results/edge.json, the table of ARM
+python benchmarks/train.py --save      # results/train.json
 smolrun verify MODEL --text FILE --json > benchmarks/results/verify-NAME.json
 python benchmarks/readme.py            # rewrites the parts of README.md between the markers
 python benchmarks/readme.py --plot     # and results/peers.svg (needs matplotlib: pip install "smolrun[plot]")
@@ -144,6 +145,29 @@ First token of 135M after the start of a fresh process, and its peak memory afte
 Against the exact model (the file's weights as f32), {tokens}:
 
 {accuracy(checks)}
+{training()}"""
+
+
+def training() -> str:
+    """Steps of training beside torch's; "" where none were measured."""
+    path = RESULTS / "train.json"
+    if not path.exists():
+        return ""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| setting | tok/s (best) | peak MB | against torch | speed | memory |", "|---|---|---|---|---|---|"]
+    for row in document["rows"]:
+        line = f"| {row['name']} | {row['median']:.0f} ({row['best']:.0f}) | {row['bytes'] / 1e6:,.0f} "
+        peer = (
+            f"| {row['against']} | **{never_up(row['speed'])}x** | {row['memory']:.0%} |"
+            if row["against"]
+            else "| | | |"
+        )
+        lines.append(line + peer)
+    shape = f"{document['batch']} x {document['length']} tokens a step, {document['threads']} threads"
+    return f"""
+Training 135M, {shape}, forward to AdamW, each in a process of its own (`python benchmarks/train.py`):
+
+{chr(10).join(lines)}
 """
 
 
