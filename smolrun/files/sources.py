@@ -168,7 +168,7 @@ def _default() -> Path:
             bundle.manifest(place)
         except bundle.BundleError as error:
             raise ModelFileError(str(error)) from None
-        return place / bundle.MODEL
+        return Path(place, bundle.MODEL)
     if (package := _package_file()) is not None:
         return package
     found = hub_cache.cached(HubSource(ALIASES[DEFAULT]))

@@ -48,7 +48,7 @@ def program(
     symbols = [*others, *forwards, *TILES]
 
     def symbol(name: str) -> int:
-        return based(BASE.symbol, symbols.index(name))
+        return int(based(BASE.symbol, symbols.index(name)))
 
     found = tables(
         c, matrices, lambda name: based(BASE.weights, where[name]), lambda fmt, n: symbol(matmul_name(fmt, n)),

@@ -46,7 +46,7 @@ class LoRA:
     @property
     def padded(self) -> int:
         """The rank as kernels see it: a multiple of 32, the rest zero (and their gradients too)."""
-        return -(-self.rank // BLOCK) * BLOCK
+        return int(-(-self.rank // BLOCK) * BLOCK)
 
     def shapes(self, config: ModelConfig, matrices: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all adapters: blk.3.attn_q.lora_a (rank, cols), .lora_b (rows, rank)."""

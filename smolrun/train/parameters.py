@@ -38,7 +38,7 @@ class Matrix:
     @property
     def groups(self) -> int:
         """Row groups of 16."""
-        return -(-self.rows // ROWS)
+        return int(-(-self.rows // ROWS))
 
     def parts(self, groups: int) -> Iterator[tuple[int, Matrix]]:
         """(first group, matrix) of up to so many row groups each."""

@@ -176,7 +176,7 @@ def training_bytes(
     buffers = memory.rounded(buffer_sizes(c, tokens, context, lora=lora, recompute=recompute))
     pages = -(-tokens // document) * -(-document // PAGE)
     kv = pages * (1 if recompute else c.n_layers) * c.n_kv_heads * 8 * PAGE * HEAD_DIM
-    return 16 * size + buffers + kv + frozen + memory.PROCESS + memory.PROCESS_TOKEN * c.vocab_size
+    return int(16 * size + buffers + kv + frozen + memory.PROCESS + memory.PROCESS_TOKEN * c.vocab_size)
 
 
 def check_memory(needed: int, recipe: Recipe) -> None:
