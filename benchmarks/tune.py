@@ -2,6 +2,8 @@
 
     python benchmarks/tune.py sql      LoRA on wikisql_lora: held-out loss beside peft's, exact match of 100 queries
                                        before and after, the merged model's text in llama.cpp
+    python benchmarks/tune.py sql --alone --rows 640 --peak 1e-3 --targets q k v o gate up down
+                                       the same without peft: longer in the same time
     python benchmarks/tune.py dpo      DPO on dpo_demo: reward margin and accuracy on pairs held back, with intervals
 
 Each part keeps what it has made in --work and is not repeated; a training that was stopped goes on. The result is added
@@ -57,12 +59,12 @@ length = 256
 betas = [0.9, 0.999]
 [schedule]
 kind = "cosine"
-peak = 5e-4
+peak = {peak}
 warmup = 0.1
 [lora]
 rank = 16
 alpha = 32
-targets = ["q", "v"]
+targets = {targets}
 """
 DPO_RECIPE = """
 task = "dpo"
@@ -90,7 +92,7 @@ warmup = 0.1
 [lora]
 rank = 16
 alpha = 32
-targets = ["q", "v"]
+targets = {targets}
 """
 
 
@@ -129,7 +131,8 @@ def sql(options: argparse.Namespace) -> dict[str, Any]:
     rows = (data / "train.jsonl").read_text().splitlines(keepends=True)[: options.rows]
     (work / "train.jsonl").write_text("".join(rows))
     recipe = work / "sql.toml"
-    recipe.write_text(SQL.format(work=work, data=options.data, threads=options.threads))
+    how = {"threads": options.threads, "peak": options.peak or 5e-4, "targets": json.dumps(options.targets)}
+    recipe.write_text(SQL.format(work=work, data=options.data, **how))
     task = work / "task.json"
     if not task.exists():
         with prepare(recipe) as plan:
@@ -147,21 +150,22 @@ def sql(options: argparse.Namespace) -> dict[str, Any]:
         write_json(task, facts)
     if not (work / "sql" / "adapter" / "adapter_model.safetensors").exists():
         train(recipe)
-    if not (work / "peft.json").exists():
+    if not options.alone and not (work / "peft.json").exists():
         shop = Workshop(work / "envs", work / "models", {"peft": options.python} if options.python else {})
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
         subprocess.run([shop.python("peft"), str(HERE / "peft_peer.py"), str(task)], check=True, env=environment)
-    peft = json.loads((work / "peft.json").read_text())
     lines = [json.loads(line) for line in (work / "sql" / "log.jsonl").read_text().splitlines()]
     ours = [line["loss"] for line in lines if line["kind"] == "step"]
     held = [line["loss"] for line in lines if line["kind"] == "evaluation"][-1]
-    apart = max(abs(a - b) / b for a, b in zip(ours, peft["losses"], strict=True))
     tokens = sum(len(ids) for documents in json.loads(task.read_text())["steps"] for ids, _ in documents)
     found: dict[str, Any] = {
-        "rows": options.rows, "steps": len(ours), "tokens": tokens,
-        "held-out loss": {"before": peft["held"][0], "smolrun": held, "peft": peft["held"][1]},
-        "ratio": held / peft["held"][1], "largest relative difference of a step": apart,
+        "rows": options.rows, "steps": len(ours), "tokens": tokens, **how, "losses": ours, "held-out loss": held,
     }  # fmt: skip
+    if not options.alone:
+        peft = json.loads((work / "peft.json").read_text())
+        apart = max(abs(a - b) / b for a, b in zip(ours, peft["losses"], strict=True))
+        found |= {"before": peft["held"][0], "peft": peft["held"][1], "ratio": held / peft["held"][1]}
+        found["largest relative difference of a step"] = apart
     tests = [json.loads(line)["text"].partition("\nA: ") for line in (data / "test.jsonl").read_text().splitlines()]
     prompts, answers = [p + m for p, m, _ in tests], [a.strip() for _, _, a in tests]
     adapter = work / "sql" / "adapter"
@@ -174,7 +178,6 @@ def sql(options: argparse.Namespace) -> dict[str, Any]:
     texts = {
         "before": kept(work / "before.json", said),
         "after": kept(work / "after.json", lambda: said(adapter=adapter)),
-        "after, base in q8_0": kept(work / "after-q8.json", lambda: said(adapter=adapter, quantize="q8_0")),
     }
     found["exact match of 100"] = {
         name: sum(a == b for a, b in zip(out, answers, strict=True)) for name, out in texts.items()
@@ -208,8 +211,8 @@ def dpo(options: argparse.Namespace) -> dict[str, Any]:
     for name, chosen in (("train", order[:200]), ("held", order[200:])):
         (work / f"pairs-{name}.json").write_text(json.dumps([pairs[i] for i in chosen]))
     recipe = work / "dpo.toml"
-    how = {name: getattr(options, name) for name in ("beta", "peak", "threads", "length", "prompt_length")}
-    how["base"] = resolve(options.model)
+    how = {name: getattr(options, name) for name in ("beta", "threads", "length", "prompt_length")}
+    how |= {"peak": options.peak or 2e-4, "targets": json.dumps(options.targets), "base": resolve(options.model)}
     recipe.write_text(DPO_RECIPE.format(work=work, **how))
     if not (work / "dpo" / "adapter" / "adapter_model.safetensors").exists():
         train(recipe)
@@ -233,7 +236,9 @@ def main() -> None:
     parser.add_argument("--merged-rows", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--peak", type=float, default=2e-4, help="learning rate of DPO")
+    parser.add_argument("--peak", type=float, help="learning rate [5e-4, of DPO 2e-4]")
+    parser.add_argument("--targets", nargs="+", default=["q", "v"], help="matrices that get adapters")
+    parser.add_argument("--alone", action="store_true", help="without peft")
     parser.add_argument("--length", type=int, default=160, help="tokens of an answer with its prompt, at most")
     parser.add_argument("--prompt-length", type=int, default=96, help="of a prompt, the last so many")
     parser.add_argument("--python", help="interpreter of an environment with torch, transformers and peft")
@@ -243,8 +248,9 @@ def main() -> None:
     began = time.perf_counter()
     found = {"sql": sql, "dpo": dpo}[options.what](options)
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    write_json(RESULTS, document | {options.what: found, "machine": machine()})
-    print(json.dumps({k: v for k, v in found.items() if k != "training"}, indent=1))
+    name = f"{options.what} alone" if options.alone else options.what
+    write_json(RESULTS, document | {name: found, "machine": machine()})
+    print(json.dumps({k: v for k, v in found.items() if k not in ("training", "losses")}, indent=1))
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 
