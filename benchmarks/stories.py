@@ -1,7 +1,9 @@
 """A small Llama from scratch: trained, killed once, gone on with; its bits per byte, its words, its loops.
 
-python benchmarks/stories.py tinystories_sample.txt            # about 20 minutes on two cores
+python benchmarks/stories.py tinystories_sample.txt            # 10 minutes on two free cores
 python benchmarks/stories.py TEXT --set stages.0.tokens=100_000 ...
+
+python benchmarks/stories.py TEXT --judge                      # what a run has left
 
 The text has stories that end in <|endoftext|>. The process is killed (SIGKILL) halfway between two checkpoints; every
 step that is done twice must have the same loss, gradient norm and learning rate, to the last bit.
@@ -58,54 +60,63 @@ def write_stories(model: Path) -> tuple[str, int]:
     return text, count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    given = parser.parse_args()
-    changes = [f"sources.stories.path={given.text}", *given.set]
-    recipe = read_recipe(RECIPE, {"pretrain": Pretrain}, changes)
-    assert isinstance(recipe, Pretrain)
-    out, log = recipe.run.out, recipe.run.out / "log.jsonl"
+def killed_once(recipe: Pretrain, changes: list[str]) -> dict[str, object]:
+    """Train, with one kill; what came of it.
+
+    Raises:
+        SystemExit: something that was done twice is not the same.
+    """
+    log, every = recipe.run.out / "log.jsonl", recipe.run.save_every
     arguments = [str(RECIPE), *(part for change in changes for part in ("--set", change))]
     steps = sum(-(-stage.tokens // recipe.batch.tokens) for stage in recipe.stages)
-    kill_at = (steps // 2) // recipe.run.save_every * recipe.run.save_every + recipe.run.save_every // 2
+    kill_at = (steps // 2) // every * every + every // 2
     began = time.perf_counter()
     train([*arguments, "--fresh"], log, kill_at)
     before = curve(log)
     train(arguments, log)
     minutes = (time.perf_counter() - began) / 60
-    after = curve(log)
-    twice = sum(line["step"] > kill_at - recipe.run.save_every // 2 for line in before)  # type: ignore[operator]
-    if after[: len(before)] != before:
+    if curve(log)[: len(before)] != before:
         raise SystemExit("what was done twice differs: the run did not go on with the same bits")
+    twice = sum(line["step"] > kill_at - every // 2 for line in before)  # type: ignore[operator]
+    return {"minutes": round(minutes, 1), "killed_at_step": kill_at, "lines_done_twice": twice}
 
+
+def judged(recipe: Pretrain) -> dict[str, object]:
+    """The last evaluation of a run, and what its model writes."""
+    out = recipe.run.out
+    *_, step, last = curve(out / "log.jsonl")
     vocabulary = Vocabulary.of(read_tokenizer(out / "tokenizer"))
     corpus = Corpus("stories", recipe.sources["stories"], vocabulary)
-    known = {
-        word
-        for i in corpus.learnt
-        for word in WORD.findall(vocabulary.tokenizer.decode(corpus.document(int(i))[1:-1].tolist()).lower())
-    }
+    decode = vocabulary.tokenizer.decode
+    known = {word for i in corpus.learnt for word in WORD.findall(decode(corpus.document(int(i))[1:-1]).lower())}
     stories, count = write_stories(out / "model")
     (out / "stories.txt").write_text(stories, encoding="utf-8")
     words = WORD.findall(stories.lower())
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    loops = [gram for i, gram in enumerate(grams) if gram in grams[i + 1 : i + 1 + NEAR]]
-    result = {
-        "minutes": round(minutes, 1),
-        "steps": steps,
-        "tokens": sum(stage.tokens for stage in recipe.stages),
-        "bits_per_byte": round(float(str(after[-1]["stories.bits_per_byte"])), 4),
-        "held_out_loss": round(float(str(after[-1]["loss"])), 4),
-        "killed_at_step": kill_at,
-        "lines_done_twice": twice,
+    return {
+        "steps": last["step"],
+        "tokens": step["tokens"],
+        "bits_per_byte": round(float(str(last["stories.bits_per_byte"])), 4),
+        "held_out_loss": round(float(str(last["loss"])), 4),
         "generated_tokens": count,
+        "words": len(words),
         "known_words": round(sum(word in known for word in words) / len(words), 4),
         "unknown": sorted({word for word in words if word not in known}),
-        "four_word_loops": len(loops),
+        "four_word_loops": sum(gram in grams[i + 1 : i + 1 + NEAR] for i, gram in enumerate(grams)),
     }
-    print(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as smolrun train pretrain")
+    parser.add_argument("--judge", action="store_true", help="a run that is there, without training")
+    given = parser.parse_args()
+    changes = [f"sources.stories.path={given.text}", *given.set]
+    recipe = read_recipe(RECIPE, {"pretrain": Pretrain}, changes)
+    assert isinstance(recipe, Pretrain)
+    trained = {} if given.judge else killed_once(recipe, changes)
+    print(json.dumps({**trained, **judged(recipe)}, indent=1))
 
 
 if __name__ == "__main__":
