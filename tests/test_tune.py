@@ -218,8 +218,9 @@ def run(path: Path, *changes: str, stop_after: int = 0) -> Plan:
     return plan
 
 
-def test_sft_with_lora_writes_an_adapter_that_chat_takes(tiny: Tiny, tmp_path: Path) -> None:
-    run(recipe(tiny, tmp_path, "sft", LORA))
+@pytest.mark.parametrize("base", ["", 'quantize = "q8_0"\n'], ids=["lora", "qlora"])
+def test_sft_with_adapters_writes_a_folder_that_chat_takes(tiny: Tiny, tmp_path: Path, base: str) -> None:
+    run(recipe(tiny, tmp_path, "sft", LORA + base))
     held = [line["loss"] for line in logged(tmp_path, "evaluation")]
     assert len(held) == 3 and held[-1] < logged(tmp_path, "step")[0]["loss"] - 0.5
     adapter = read_adapter(tmp_path / "out" / "adapter", tiny.config)

@@ -50,7 +50,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "use_qalora": (None, False),
+    "use_bdlora": (None, False),
     "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
 }
 # other ways to begin change the base's weights too
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
