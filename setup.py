@@ -17,7 +17,7 @@ REFERENCE = [
 ]  # the peer of `smolrun verify` and `smolrun bench --compare`; compiles C++ when installed
 
 # training's truth and peer, in an environment of its own: `make train-test`
-TRAIN_TEST = ["torch==2.13.0", "transformers>=5"]
+TRAIN_TEST = ["torch==2.13.0", "transformers>=5", "peft>=0.21"]
 
 setup(
     name="smolrun",
