@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -22,14 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from smolrun.config import HEAD_DIM, ModelConfig
-from smolrun.errors import OptionError
+from smolrun.errors import OptionError, SmolrunError
 from smolrun.train.optimiser import Schedule as Rate
 from smolrun.train.optimiser import constant, cosine, wsd
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # extra `train`
 
 T = TypeVar("T")
 
@@ -414,17 +410,17 @@ def read_recipe(path: Path, tasks: Mapping[str, type[Recipe]], changes: Sequence
         OptionError: no TOML, unknown keys, wrong types, values out of range; names the key.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = _toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OptionError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are such
         raise OptionError(f"{path}: no TOML: {error}") from None
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
             raise OptionError(f"{change!r}: KEY=VALUE expected, as in run.out=elsewhere")
         _change(table, key.strip(), text.strip())
-    task = table.get("task")
+    task = str(table.get("task"))
     if task not in tasks:
         raise OptionError(f"{path}: task = {task!r}: {' or '.join(map(repr, tasks))} expected")
     try:
@@ -433,10 +429,19 @@ def read_recipe(path: Path, tasks: Mapping[str, type[Recipe]], changes: Sequence
         raise OptionError(f"{path}: {error}") from None
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """Raises ValueError for what is no TOML, SmolrunError (Python 3.10 alone) where nothing is installed to read it."""
+    try:
+        library = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ImportError:
+        raise SmolrunError("recipes need tomli on Python 3.10: pip install 'smolrun[train]'") from None
+    return typing.cast(dict[str, Any], library.loads(text))
+
+
 def _change(table: dict[str, Any], key: str, text: str) -> None:
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _toml(f"value = {text}")["value"]
+    except ValueError:
         value = text
     *outer, last = key.split(".")
     place: Any = table
