@@ -453,6 +453,20 @@ def test_stopped_and_gone_on_from(recipe: Path, done: Path, tmp_path: Path) -> N
     assert curve(out) == curve(done)
 
 
+def test_products_in_bf16(recipe: Path, done: Path, tmp_path: Path) -> None:
+    changes = [f"run.out={tmp_path}/bf16", "batch.precision=bf16"]
+    try:
+        with tasks.prepare(recipe, changes) as plan:
+            assert plan.run()
+    except OptionError as error:
+        pytest.skip(str(error))  # a CPU without AVX512-BF16
+    exact, rounded = (
+        [line["loss"] for line in curve(out) if line["kind"] == "step"] for out in (done, tmp_path / "bf16")
+    )
+    assert exact != rounded
+    np.testing.assert_allclose(rounded, exact, rtol=0.02)
+
+
 def test_another_recipe_does_not_go_on(recipe: Path, done: Path, tmp_path: Path) -> None:
     with tasks.prepare(recipe, ["schedule.peak=2e-2"]) as plan:
         with pytest.raises(OptionError, match=r"holds a run with schedule.peak = 0.01, here it is 0.02.*--fresh"):

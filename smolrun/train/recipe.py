@@ -108,12 +108,14 @@ class Batching:
         tokens: of one optimiser step.
         pass_tokens: so many are computed at a time, their gradients add up; not given: all at once.
         length: of a document's longest part; a stage may say another.
+        precision: of the products: f32, or bf16 on CPUs with AVX512-BF16; weights, gradients and moments are f32.
         recompute: keep little of the forward pass and compute it again: less memory, a third more time.
     """
 
     tokens: int = 8192
     pass_tokens: int | None = None
     length: int = 512
+    precision: Literal["f32", "bf16"] = "f32"
     recompute: bool = False
 
     def __post_init__(self) -> None:

@@ -160,6 +160,7 @@ def training_bytes(
     *,
     lora: LoRA | None = None,
     recompute: bool = False,
+    bf16: bool = False,
     frozen: int = 0,
     document: int = 512,
 ) -> int:
@@ -173,7 +174,7 @@ def training_bytes(
     shapes = expected_shapes(c)
     trained = shapes if lora is None else lora.shapes(c, shapes)
     size = sum(-(-shape[0] // ROWS) * ROWS * int(np.prod(shape[1:])) for shape in trained.values())
-    buffers = memory.rounded(buffer_sizes(c, tokens, context, lora=lora, recompute=recompute))
+    buffers = memory.rounded(buffer_sizes(c, tokens, context, lora=lora, recompute=recompute, bf16=bf16))
     pages = -(-tokens // document) * -(-document // PAGE)
     kv = pages * (1 if recompute else c.n_layers) * c.n_kv_heads * 8 * PAGE * HEAD_DIM
     return int(16 * size + buffers + kv + frozen + memory.PROCESS + memory.PROCESS_TOKEN * c.vocab_size)
@@ -234,16 +235,16 @@ def _pretrain(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress
     config = dataclasses.replace(config, max_positions=max(config.max_positions, longest))
     lengths = np.concatenate([corpus.lengths for corpus in corpora.values()])
     needed = training_bytes(
-        config, at_a_time, longest, recompute=recipe.batch.recompute, document=min(longest, int(lengths.mean()))
-    )
+        config, at_a_time, longest, recompute=recipe.batch.recompute, bf16=recipe.batch.precision == "bf16",
+        document=min(longest, int(lengths.mean())),
+    )  # fmt: skip
     if not force:
         check_memory(needed, recipe)
     if base is not None:
         base.config = config
     model = Model(
         base or config, tokens=at_a_time, context=longest, recompute=recipe.batch.recompute, seed=recipe.run.seed,
-        threads=recipe.run.threads,
-        progress=_compiling(progress),
+        threads=recipe.run.threads, precision=recipe.batch.precision, progress=_compiling(progress),
     )  # fmt: skip
     opened.callback(model.close)
     if base is None and recipe.model.init_std is not None:
@@ -329,14 +330,15 @@ def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | N
     tokens = max(group, min(batch.at_a_time, largest))  # no larger than the fullest step
     documents = [len(e.ids) - 1 for group in found.learnt for e in group]
     needed = training_bytes(
-        c, tokens, min(batch.length, tokens), lora=lora, recompute=batch.recompute, frozen=frozen,
-        document=sum(documents) // len(documents),
+        c, tokens, min(batch.length, tokens), lora=lora, recompute=batch.recompute,
+        bf16=batch.precision == "bf16", frozen=frozen, document=sum(documents) // len(documents),
     )  # fmt: skip
     if not force:
         check_memory(needed, recipe)
     model = Model(
         base, tokens=tokens, context=min(batch.length, tokens), lora=lora, quantize=quantize,
-        recompute=batch.recompute, threads=recipe.run.threads, progress=_compiling(progress),
+        recompute=batch.recompute, threads=recipe.run.threads, precision=batch.precision,
+        progress=_compiling(progress),
     )  # fmt: skip
     opened.callback(model.close)
     if lora is not None and start is not None:
