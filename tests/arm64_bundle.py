@@ -1,10 +1,12 @@
-"""The bundle of the real 135M for AArch64, under qemu, where there is Python and NumPy alone: for `make test-arm64`.
+"""The bundle of the real 135M for AArch64, under qemu, in a root that holds Python and NumPy alone.
 
-What it answers must be what the engine answers on this machine, and each CPU must choose its own tier.
+Each CPU must choose its own tier; the text of a chat turn and greedy ids must be those of the engine on this machine.
+`make test-arm64-bundle` runs it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tempfile
@@ -16,7 +18,7 @@ from arm64 import environment
 from smolrun.compile import compile_model
 from smolrun.files.sources import resolve
 
-QUESTION, TOKENS = "What is gravity?", 16
+QUESTION, PROMPT, TOKENS = "What is gravity?", "The sea is", 16
 CPUS = {"max": "i8mm", "cortex-a76": "dotprod", "cortex-a53": "neon"}  # as qemu calls them -> what they choose
 TIER = "from smolrun.kernels.target import choose; print(choose().name)"
 LIBRARIES = "numba llvmlite tokenizers click jinja2 huggingface_hub safetensors"
@@ -29,9 +31,11 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
 
+    greedy = smolrun.Sampling(temperature=0)
     with smolrun.load(model, context=256) as llm:
         chat = [{"role": "user", "content": QUESTION}]
-        expected = llm.chat(chat, max_tokens=TOKENS, sampling=smolrun.Sampling(temperature=0)).text
+        expected = llm.chat(chat, max_tokens=TOKENS, sampling=greedy).text
+        ids = list(llm.generate(PROMPT, max_tokens=TOKENS, sampling=greedy).ids)
     with tempfile.TemporaryDirectory() as name:
         app = Path(name) / "app"
         made = compile_model(model, app, target="aarch64-linux-gnu", kv=["f16"])
@@ -61,7 +65,10 @@ def main() -> None:
             done = run(cpu, "-m", "app", "chat", *options, text=QUESTION)
             if done.returncode or done.stdout.strip() != expected.strip():
                 raise SystemExit(f"{cpu}: {done.stdout}\n{done.stderr}\nexpected: {expected}")
-            say(f"{cpu}: chose {tier}, and its chat turn is that of this machine")
+            done = run(cpu, "-m", "app", "generate", PROMPT, "--json", *options)
+            if done.returncode or (found_ids := [token["id"] for token in json.loads(done.stdout)["tokens"]]) != ids:
+                raise SystemExit(f"{cpu}: {done.stderr or found_ids}\nexpected: {ids}")
+            say(f"{cpu}: chose {tier}; its chat turn and {len(ids)} greedy ids are those of this machine")
     print(f"{len(CPUS)} passed, 0 failed")
 
 
