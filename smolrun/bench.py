@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from smolrun.model.machine import HERE, available_cores
 from smolrun.model.memory import SEGMENTS, Arena, page_bytes
 from smolrun.peer import Peer
 from smolrun.text.tokenizer import Tokenizer
-from smolrun.verify import Comparison, logits_in_cuts, sample_text, weight_format
+from smolrun.verify import Comparison, Logits, logits_in_cuts, sample_text, weight_format
 
 SPECIALS = 17  # of SmolLM2's vocabulary, ids 0-16
 CHECK_TOKENS = 64  # ids of prose whose logits are hashed and compared
@@ -227,8 +228,9 @@ def run(
     tests = [Case(kind, n, depth, batch) for depth in depths for kind, n, batch in kinds]
     _check(path, tests, repeats, compare)
     teams = list(dict.fromkeys(threads or (1, available_cores())))
-    context = max(test.size + test.depth for test in tests)
+    context = max(CHECK_TOKENS, *(test.size + test.depth for test in tests))
     shared = [test.batch * -(-(test.size + test.depth) // PAGE) * PAGE for test in tests if test.batch > 1]
+    options: dict[str, Any] = {"quantize": quantize, "kv": kv, "precision": precision, "force": force}
     rows: list[Row] = []
     hashes: dict[int, str] = {}
     kl: float | None = None
@@ -236,41 +238,24 @@ def run(
     bandwidth = {n: read_bandwidth(n) for n in teams}
     with open_checkpoint(path) as checkpoint:
         ids = prompt(checkpoint.config.vocab_size, context)
-        # prose, not random words: there llama.cpp's Q6_K is 0.15 from exact and says nothing about who runs which model
-        tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
-        check = tokenizer.encode(sample_text())[:CHECK_TOKENS]
+        check = _prose(checkpoint)
         for n in teams:
-            options: dict[str, Any] = {"threads": n, "quantize": quantize, "kv": kv, "precision": precision}
-            options["force"] = force
-            model = Llama(checkpoint, context=max(context, CHECK_TOKENS, *shared), **options)
-            peer = Peer(path, context=max(context, CHECK_TOKENS), threads=n) if compare else None
-            try:
+            with ExitStack() as opened:
+                model = opened.enter_context(Llama(checkpoint, context=max(context, *shared), threads=n, **options))
+                peer = opened.enter_context(Peer(path, context=context, threads=n)) if compare else None
                 ours = logits_in_cuts(model, check, [model.chunk])
                 hashes[n] = hashlib.sha256(ours.tobytes()).hexdigest()[:16]
-                if peer is not None:
-                    both = Comparison([("peer", "ours")])
-                    both.add({"peer": peer.logits(check), "ours": ours}, check)
-                    kl = both.summary("peer", "ours").kl_mean
-                    if not kl <= CHECK_KL:
-                        raise SmolrunError(
-                            f"{path.name}: mean KL between llama.cpp's logits and ours is {kl:.3g}, at most {CHECK_KL} "
-                            "expected: timings of different models compare nothing (run `smolrun verify`)"
-                        )
+                kl = _agreement(path, peer, ours, check) if peer else None
                 for test in tests:
                     progress(f"{test.name}, {n} thread{'s' * (n > 1)}")
                     samples, others = measure(model, peer, test, ids, repeats)
                     per_token = bytes_per_token(checkpoint, test, kv) if test.kind == "tg" and not quantize else 0
                     rows.append(Row(test.name, n, samples, per_token, bandwidth[n], others))
-            finally:
-                model.close()
-                if peer is not None:
-                    peer.close()
         if len(set(hashes.values())) > 1:
             raise SmolrunError(f"logits differ between thread counts, please report this as a bug: {hashes}")
         progress("first token of a fresh process")
-        options = {"context": min(COLD_CONTEXT, checkpoint.config.max_positions), "threads": teams[-1]}
-        options |= {"quantize": quantize, "kv": kv, "precision": precision, "force": force}
-        first_token, peak_memory = cold_start(path, options)
+        cold = {"context": min(COLD_CONTEXT, checkpoint.config.max_positions), "threads": teams[-1]}
+        first_token, peak_memory = cold_start(path, cold | options)
         return Report(
             model=path.name,
             weight_format=weight_format(checkpoint),
@@ -300,6 +285,29 @@ def _check(path: Path, tests: Sequence[Case], repeats: int, compare: str | None)
         raise OptionError(f"compare is {compare!r}: the only peer is 'llama.cpp'")
     if compare and path.is_dir():
         raise OptionError(f"{path} is a folder: llama.cpp reads only GGUF, so give bench a .gguf file to compare")
+
+
+def _prose(checkpoint: Checkpoint) -> list[int]:
+    """Ids to check: of random words llama.cpp's Q6_K is 0.15 from exact and says nothing about who runs which model."""
+    tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
+    return tokenizer.encode(sample_text())[:CHECK_TOKENS]
+
+
+def _agreement(path: Path, peer: Peer, ours: Logits, check: Sequence[int]) -> float:
+    """Mean KL of our logits from the peer's.
+
+    Raises:
+        SmolrunError: they are of different models.
+    """
+    both = Comparison([("peer", "ours")])
+    both.add({"peer": peer.logits(check), "ours": ours}, check)
+    kl = both.summary("peer", "ours").kl_mean
+    if not kl <= CHECK_KL:
+        raise SmolrunError(
+            f"{path.name}: mean KL between llama.cpp's logits and ours is {kl:.3g}, at most {CHECK_KL} "
+            "expected: timings of different models compare nothing (run `smolrun verify`)"
+        )
+    return kl
 
 
 def prompt(vocab_size: int, n: int) -> list[int]:

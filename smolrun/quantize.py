@@ -386,18 +386,12 @@ def fidelity(
         parts = list(windows(ids))
         if not parts:
             raise OptionError(f"the text to compare on has {len(ids)} tokens: give some thousand")
-        models: list[Llama] = []
         both = Comparison([("source", "target")])
-        try:
-            for checkpoint, precision in ((a, "f32"), (b, "exact")):
-                options: dict[str, Any] = {"context": WINDOW, "threads": threads, "force": force}
-                models.append(Llama(checkpoint, kv="f32", precision=precision, **options))
+        options: dict[str, Any] = {"context": WINDOW, "threads": threads, "kv": "f32", "force": force}
+        with Llama(a, precision="f32", **options) as one, Llama(b, precision="exact", **options) as other:
             for done, part in enumerate(parts):
-                rows = [logits_in_cuts(model, part, [model.chunk]) for model in models]
+                rows = [logits_in_cuts(model, part, [model.chunk]) for model in (one, other)]
                 both.add(dict(zip(("source", "target"), rows, strict=True)), part)
                 if progress:
                     progress("compare", done + 1, len(parts))
-        finally:
-            for model in models:
-                model.close()
     return Fidelity(sum(map(len, parts)), both.ppl("source"), both.summary("source", "target"))

@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -334,66 +335,59 @@ def run(
         if len(ids) < 2 * GREEDY_PROMPT:
             raise OptionError(f"the text has {len(ids)} tokens: give at least {2 * GREEDY_PROMPT}")
         parts = list(windows(ids, window))
-        prompts = [part[:GREEDY_PROMPT] for part in parts if len(part) >= GREEDY_PROMPT][:GREEDY_RUNS]
-        context = max(len(parts[0]), GREEDY_PROMPT + GREEDY_TOKENS)
-        probe = parts[0][: min(len(parts[0]), IDENTITY_TOKENS)]
-
-        def load(team: int | None) -> Llama:
-            return Llama(checkpoint, context=context, threads=team, kv=kv, precision=precision, force=force)
-
-        all_three = Comparison([("exact", "ours"), ("exact", "peer"), ("peer", "ours")])
-        team = threads or available_cores()
-        with tempfile.TemporaryDirectory(prefix="smolrun-verify-") as folder:
-            exact_path = Path(folder) / "exact.gguf"
-            progress("the exact model: every tensor as float32")
-            requantise(path, exact_path, "F32")
-            model = load(threads)
-            try:
-                with (
-                    Peer(exact_path, context=context, threads=team, exact=True, patient=True) as exact,
-                    Peer(path, context=context, threads=team, patient=True) as peer,
-                ):
-                    for i, part in enumerate(parts):
-                        progress(f"window {i + 1} of {len(parts)}")
-                        all_three.add(
-                            {
-                                "exact": exact.logits(part),
-                                "peer": peer.logits(part),
-                                "ours": logits_in_cuts(model, part, [model.chunk]),
-                            },
-                            part,
-                        )
-                    progress("greedy continuations")
-                    wanted = [exact.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
-                    greedy_peer = [peer.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
-                greedy_ours = [greedy(model, prompt, GREEDY_TOKENS) for prompt in prompts]
-                progress("the same bits, however the work is cut")
-                differing = identity(model, probe)
-                plain = logits_in_cuts(model, probe, [model.chunk])
-            finally:
-                model.close()
-            for count in (1, 2):
-                model = load(count)
-                try:
-                    rows = logits_in_cuts(model, probe, [model.chunk])
-                    differing[f"{count} thread{'s' * (count > 1)}"] = differing_rows(plain, rows)
-                finally:
-                    model.close()
+        context, probe = max(len(parts[0]), GREEDY_PROMPT + GREEDY_TOKENS), parts[0][:IDENTITY_TOKENS]
+        load = partial(Llama, checkpoint, context=context, kv=kv, precision=precision, force=force)
+        with load(threads=threads) as model:
+            logits, matches = _beside_llama_cpp(model, path, parts, threads or available_cores(), progress)
+            progress("the same bits, however the work is cut")
+            differing = identity(model, probe)
+            plain = logits_in_cuts(model, probe, [model.chunk])
+        for count in (1, 2):
+            with load(threads=count) as model:
+                rows = logits_in_cuts(model, probe, [model.chunk])
+                differing[f"{count} thread{'s' * (count > 1)}"] = differing_rows(plain, rows)
         return Report(
             model=path.name,
             weight_format=weight_format(checkpoint),
             precision=precision,
             tokens=len(ids),
             window=window,
-            exact_ppl=all_three.ppl("exact"),
-            ours=all_three.summary("exact", "ours"),
-            peer=all_three.summary("exact", "peer"),
-            to_peer=all_three.summary("peer", "ours"),
+            exact_ppl=logits.ppl("exact"),
+            ours=logits.summary("exact", "ours"),
+            peer=logits.summary("exact", "peer"),
+            to_peer=logits.summary("peer", "ours"),
             greedy_tokens=GREEDY_TOKENS,
-            greedy_ours=tuple(match_length(a, b) for a, b in zip(greedy_ours, wanted, strict=True)),
-            greedy_peer=tuple(match_length(a, b) for a, b in zip(greedy_peer, wanted, strict=True)),
+            greedy_ours=matches["ours"],
+            greedy_peer=matches["peer"],
             identity=differing,
         )
+
+
+def _beside_llama_cpp(
+    model: Llama, path: Path, parts: Sequence[Sequence[int]], threads: int, progress: Callable[[str], object]
+) -> tuple[Comparison, dict[str, tuple[int, ...]]]:
+    """Logits of all parts, and the greedy ids that "ours" and "peer" have in common with the exact model."""
+    found = Comparison([("exact", "ours"), ("exact", "peer"), ("peer", "ours")])
+    prompts = [part[:GREEDY_PROMPT] for part in parts if len(part) >= GREEDY_PROMPT][:GREEDY_RUNS]
+    with tempfile.TemporaryDirectory(prefix="smolrun-verify-") as folder:
+        exact_path = Path(folder) / "exact.gguf"
+        progress("the exact model: every tensor as float32")
+        requantise(path, exact_path, "F32")
+        with (
+            Peer(exact_path, context=model.context, threads=threads, exact=True, patient=True) as exact,
+            Peer(path, context=model.context, threads=threads, patient=True) as peer,
+        ):
+            for i, part in enumerate(parts):
+                progress(f"window {i + 1} of {len(parts)}")
+                ours = logits_in_cuts(model, part, [model.chunk])
+                found.add({"exact": exact.logits(part), "peer": peer.logits(part), "ours": ours}, part)
+            progress("greedy continuations")
+            wanted = [exact.greedy(prompt, GREEDY_TOKENS) for prompt in prompts]
+            texts = {
+                "ours": [greedy(model, prompt, GREEDY_TOKENS) for prompt in prompts],
+                "peer": [peer.greedy(prompt, GREEDY_TOKENS) for prompt in prompts],
+            }
+    return found, {name: tuple(map(match_length, its, wanted)) for name, its in texts.items()}
 
 
 def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:

@@ -148,12 +148,10 @@ def filter_(
         vocabulary = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
         context = min(tokens, checkpoint.config.max_positions)
         llama = Llama(checkpoint, context=context, **load.settings, **shown)
-    try:
+    with llama:
         found = keep_best(
             Reader(llama, vocabulary, tokens), source, labelled, target, share=share, field=field, label=label, **shown
         )
-    finally:
-        llama.close()
     _bad_rows(found.bad)
     rows = [
         ("kept", f"{found.kept:,} of {found.documents:,} documents, scores from {found.threshold:.3f}"),

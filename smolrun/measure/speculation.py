@@ -24,7 +24,6 @@ from smolrun.files.checkpoint import open_checkpoint
 from smolrun.generate.engine import Model, generate_ids
 from smolrun.generate.sampler import Sampling
 from smolrun.generate.speculate import Speculator
-from smolrun.kernels import target
 from smolrun.model.llama import Llama
 from smolrun.model.machine import HERE
 from smolrun.text.template import ChatTemplate
@@ -175,9 +174,11 @@ def run(
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
         template = ChatTemplate(checkpoint.chat_template, tokenizer) if checkpoint.chat_template else None
         context = min(CONTEXT, checkpoint.config.max_positions)
-        options: dict[str, Any] = {"quantize": quantize, "kv": kv, "precision": precision, "force": force}
-        model = Llama(checkpoint, context=context, threads=threads, **options)
-        opened.callback(model.close)
+        model = opened.enter_context(
+            Llama(
+                checkpoint, context=context, threads=threads, quantize=quantize, kv=kv, precision=precision, force=force
+            )
+        )
         guesser = None if draft is None else load_draft(opened, draft, model, tokenizer, kv, force, None)
         speculator = Speculator(lookup=speculate is not None, draft=guesser, clock=time.perf_counter)
         rows = []
@@ -191,7 +192,7 @@ def run(
             raise OptionError(f"a context of {context:,} has no room for a prompt and {tokens} tokens")
         how = [*(["lookup"] if speculate else []), *([f"draft {draft.name}"] if draft else [])]
         form = weight_format(checkpoint)
-        return Report(path.name, form, target.choose().name, model.threads, " and ".join(how), tuple(rows))
+        return Report(path.name, form, model.tier.name, model.threads, " and ".join(how), tuple(rows))
 
 
 def measure(

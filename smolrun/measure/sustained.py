@@ -21,7 +21,6 @@ from smolrun.bench import prompt, seconds
 from smolrun.errors import OptionError
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.generate.engine import Model
-from smolrun.kernels import target
 from smolrun.model import machine
 from smolrun.model.llama import Llama
 from smolrun.model.machine import Machine
@@ -150,15 +149,12 @@ def run(
         raise OptionError(f"a run of {duration:g} seconds: more than 0 expected")
     with open_checkpoint(path) as checkpoint:
         context = min(DEPTH + STRETCH, checkpoint.config.max_positions)
-        options: dict[str, Any] = {"quantize": quantize, "kv": kv, "precision": precision, "force": force}
-        model = Llama(checkpoint, context=context, threads=threads, **options)
-        try:
-            ids = prompt(checkpoint.config.vocab_size, context)
+        ids, form = prompt(checkpoint.config.vocab_size, context), weight_format(checkpoint)
+        with Llama(
+            checkpoint, context=context, threads=threads, quantize=quantize, kv=kv, precision=precision, force=force
+        ) as model:
             samples, energy = measure(model, ids, duration, machine.HERE, time.perf_counter, progress)
-        finally:
-            model.close()
-        form = weight_format(checkpoint)
-        return Report(path.name, form, target.choose().name, model.threads, energy, tuple(samples))
+            return Report(path.name, form, model.tier.name, model.threads, energy, tuple(samples))
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from smolrun.model.adapter import PackedAdapter
 from smolrun.model.cache import KVCache, Slot
 from smolrun.model.weights import Matrix, Weights, kind_of, plan
 from smolrun.model.workers import Team
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Floats = NDArray[np.float32]
 MODES = ("f32", "int8", "int8x2")  # activations by their int8 terms
@@ -301,6 +305,12 @@ class Llama:
         """Make a running pass end within one phase of one layer."""
         if (team := self._team) is not None:
             team.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the threads; memory goes with the object."""

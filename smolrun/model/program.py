@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
-from smolrun.kernels.block import LAYER, PAGE, SPAN, B, W
+from smolrun.kernels.block import PAGE, SPAN, B
 from smolrun.kernels.panels import ROWS
 from smolrun.kernels.program import ABI, BASE, BLOCK, MAGIC, NAME_BYTES, K, P, based, symbol_id
 from smolrun.model import memory, rope
 from smolrun.model.llama import PRECISION, kernel_names, matmul_name, shape_words, terms_of
-from smolrun.model.weights import Matrix, tables
+from smolrun.model.weights import Matrix, Tables, tables
 
 THREADS = 4  # claims of weights are cut for so many
 TILES = ("tile_f32", "tile_1", "tile_2")  # numbers of a tier that its library knows
@@ -42,7 +43,7 @@ def program(
         tokens: the bytes of every id.
         ends: ids that end an answer.
     """
-    c, file = config, np.memmap(weights, np.uint8, "r")
+    c, file, buffers = config, np.memmap(weights, np.uint8, "r"), _buffers(config, precision)
     forwards = [kernel_names(matrices, precision, kind)[0] for kind in kv]
     others = kernel_names(matrices, precision, kv[0])[1:]  # classify, the embedding's rows, matrices
     symbols = [*others, *forwards, *TILES]
@@ -50,43 +51,26 @@ def program(
     def symbol(name: str) -> int:
         return int(based(BASE.symbol, symbols.index(name)))
 
+    words = shape_words(c, kv[0]) | {name: symbol(name) for name in TILES}
+    words |= {"embed_row": symbol(others[1]), "counters_bytes": buffers["counters"][0]}
     found = tables(
         c, matrices, lambda name: based(BASE.weights, where[name]), lambda fmt, n: symbol(matmul_name(fmt, n)),
         terms_of(precision), THREADS,
     )  # fmt: skip
-    buffers = _buffers(c, precision)
-    layers = 8 * BLOCK.size
-    embed = layers + c.n_layers * LAYER.bytes
-    values = shape_words(c, kv[0]) | {name: symbol(name) for name in TILES}
-    values |= {
-        "final_norm": found.final_norm,
-        "embed_row": symbol(others[1]),
-        "layers": based(BASE.tables, layers),
-        "embed": based(BASE.tables, embed),
-        "head": based(BASE.tables, embed + 8 * W.size),
-        "counters_bytes": buffers["counters"][0],
-    }
-    block: NDArray[np.int64] = np.zeros(BLOCK.size, np.int64)
-    for name, value in values.items():
-        block[getattr(BLOCK, name) // 8] = value
     parts = {
         "head": np.zeros(P.size, np.int64),
         "symbols": np.array([symbol_id(name) for name in symbols], np.int64),
         "kinds": np.array([_kind(c, kind, symbols.index(f)) for kind, f in zip(kv, forwards, strict=True)], np.int64),
         "buffers": np.array([(getattr(BLOCK, name), *size) for name, size in buffers.items()], np.int64),
-        "tables": np.concatenate([block, found.layers.reshape(-1), found.embed, found.head]),
+        "tables": _tables(found, words),
         "ends": np.array(ends, np.int64),
         "rope": rope.table(c.rope_theta, 0, c.max_positions),
         "text": _text(tokens),
         "weights": np.frombuffer(weights.name.encode() + b"\0", np.uint8),
     }
-    at = memory.offsets({name: part.nbytes for name, part in parts.items()})
-    parts["tables"][B.rope // 8] = based(BASE.program, at["rope"])
-    size = memory.rounded({name: part.nbytes for name, part in parts.items()})
-    facts = {name: at[name] for name in parts if name != "head"} | {
+    facts = {
         "magic": MAGIC,
         "abi": ABI,
-        "bytes": size,
         "weights_bytes": len(file),
         "weights_sum": _sum(file[: len(file) // 8 * 8]),
         "vocab_size": c.vocab_size,
@@ -98,8 +82,29 @@ def program(
         "n_tables": len(parts["tables"]),
         "n_ends": len(ends),
     }
-    for name, value in facts.items():
-        parts["head"][getattr(P, name) // 8] = value
+    return _joined(parts, facts)
+
+
+def _tables(found: Tables, words: Mapping[str, int]) -> NDArray[np.int64]:
+    """The argument block with these words and the places of the tables, and the tables behind it."""
+    layers = 8 * BLOCK.size
+    embed = layers + found.layers.nbytes
+    places = {"layers": layers, "embed": embed, "head": embed + found.embed.nbytes}
+    values = {**words, "final_norm": found.final_norm, **{name: based(BASE.tables, at) for name, at in places.items()}}
+    block: NDArray[np.int64] = np.zeros(BLOCK.size, np.int64)
+    for name, value in values.items():
+        block[getattr(BLOCK, name) // 8] = value
+    return np.concatenate([block, found.layers.reshape(-1), found.embed, found.head])
+
+
+def _joined(parts: Mapping[str, NDArray[Any]], facts: Mapping[str, int]) -> bytes:
+    """The file of these parts: its head tells the facts and where each part begins, and the sum of all words is 0."""
+    sizes = {name: part.nbytes for name, part in parts.items()}
+    at, size = memory.offsets(sizes), memory.rounded(sizes)
+    parts["tables"][B.rope // 8] = based(BASE.program, at["rope"])
+    for name, value in {**at, **facts, "bytes": size}.items():
+        if name != "head":
+            parts["head"][getattr(P, name) // 8] = value
     out: NDArray[np.uint8] = np.zeros(size, np.uint8)
     for name, part in parts.items():
         out[at[name] : at[name] + part.nbytes] = part.reshape(-1).view(np.uint8)
