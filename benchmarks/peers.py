@@ -14,7 +14,7 @@ mean KL to our two-term ("exact") logits below a bound for its precision. What c
 something else is named with its reason instead of a figure.
 
 135m is the real model in llama.cpp's formats, made from the installed one; 360m and 1.7b have their true shapes and
-random weights (shapes.py). Peers that read no GGUF convert the F16 file through a Hugging Face folder (hf_folder.py).
+random weights (shapes.py). Peers that read no GGUF convert the F16 file through a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hf_folder
 import numpy as np
 import shapes
 
 from smolrun import bench, peer
 from smolrun.bench import Case
 from smolrun.errors import SmolrunError
+from smolrun.export import write_folder
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.files.sources import resolve
 from smolrun.model.machine import available_cores
@@ -372,6 +372,14 @@ class Workshop:
         """The GGUF file whose weights a contestant is given."""
         return self.gguf(size, runner.precision if runner.precision in FORMATS else "f16")
 
+    def folder(self, size: str) -> Path:
+        """The F16 weights as a Hugging Face folder, its weights written last."""
+        folder = self.models / f"hf-{size}"
+        if not (folder / "model.safetensors").exists():
+            with open_checkpoint(self.gguf(size, "f16")) as checkpoint:
+                write_folder(checkpoint, folder, "f16")
+        return folder
+
     def converted(self, runner: Contestant, size: str) -> Path:
         """The peer's own form of the model.
 
@@ -380,12 +388,7 @@ class Workshop:
         """
         target = self.models / f"{runner.peer}-{size}-{runner.precision}"
         if not target.exists():
-            source = self.source(runner, size)
-            if runner.peer != "openvino":
-                folder = self.models / f"hf-{size}"
-                if not folder.exists():
-                    hf_folder.write(source, folder)
-                source = folder
+            source = self.source(runner, size) if runner.peer == "openvino" else self.folder(size)
             self.say(f"converting {size} for {runner.name}")
             part = target.with_name(target.name + ".part")
             if part.is_symlink():

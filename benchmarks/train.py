@@ -150,9 +150,7 @@ def main() -> None:
     import peers
 
     workshop = peers.Workshop(peers.CACHE / "envs", peers.CACHE / "models", {})
-    folder = options.folder or workshop.models / "hf-135m"
-    if not folder.exists():
-        peers.hf_folder.write(workshop.gguf("135m", "f16"), folder)
+    folder = options.folder or workshop.folder("135m")
     interpreter = options.torch or workshop.python("torch")
     wanted = [name.strip() for name in options.only.split(",")] if options.only else [*TORCH, *OURS]
     results: dict[str, dict[str, Any]] = {}

@@ -57,16 +57,8 @@ tokens = 1024
 length = 256
 [optimiser]
 betas = [0.9, 0.999]
-[schedule]
-kind = "cosine"
-peak = {peak}
-warmup = 0.1
-[lora]
-rank = 16
-alpha = 32
-targets = {targets}
 """
-DPO_RECIPE = """
+DPO = """
 task = "dpo"
 epochs = 1
 rows = 8
@@ -85,6 +77,8 @@ prompt_length = {prompt_length}
 [batch]
 tokens = 1024
 length = {length}
+"""
+LORA = """
 [schedule]
 kind = "cosine"
 peak = {peak}
@@ -132,7 +126,7 @@ def sql(options: argparse.Namespace) -> dict[str, Any]:
     (work / "train.jsonl").write_text("".join(rows))
     recipe = work / "sql.toml"
     how = {"threads": options.threads, "peak": options.peak or 5e-4, "targets": json.dumps(options.targets)}
-    recipe.write_text(SQL.format(work=work, data=options.data, **how))
+    recipe.write_text((SQL + LORA).format(work=work, data=options.data, **how))
     task = work / "task.json"
     if not task.exists():
         with prepare(recipe) as plan:
@@ -213,7 +207,7 @@ def dpo(options: argparse.Namespace) -> dict[str, Any]:
     recipe = work / "dpo.toml"
     how = {name: getattr(options, name) for name in ("beta", "threads", "length", "prompt_length")}
     how |= {"peak": options.peak or 2e-4, "targets": json.dumps(options.targets), "base": resolve(options.model)}
-    recipe.write_text(DPO_RECIPE.format(work=work, **how))
+    recipe.write_text((DPO + LORA).format(work=work, **how))
     if not (work / "dpo" / "adapter" / "adapter_model.safetensors").exists():
         train(recipe)
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -126,6 +126,15 @@ class Row:
         }
 
 
+def as_csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of the same columns, under their names."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue().rstrip("\n")
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything `smolrun bench` found.
@@ -160,13 +169,8 @@ class Report:
 
     def to_csv(self) -> str:
         """A line for each row, with the columns of Row.figures() behind model, tier and hash."""
-        text = io.StringIO()
         common = {"model": self.model, "tier": self.tier, "logits_hash": self.logits_hash}
-        lines = [{**common, **row.figures()} for row in self.rows]
-        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return text.getvalue().rstrip("\n")
+        return as_csv([{**common, **row.figures()} for row in self.rows])
 
     def table(self) -> str:
         """For people."""

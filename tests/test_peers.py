@@ -13,7 +13,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gate
-import hf_folder
 import peers
 import readme
 from gate import Verdict
@@ -21,11 +20,7 @@ from peers import Contestant, Document, Key, Result, Unavailable, Workshop
 
 from smolrun.bench import Case, Report, Row
 from smolrun.errors import SmolrunError
-from smolrun.files.checkpoint import open_checkpoint
-from smolrun.kernels.formats import FORMATS, dequantize_ref
 from smolrun.peer import Child, PeerError
-from smolrun.text.tokenizer import Tokenizer
-from tiny import make_tiny
 
 KEY = Key("135m", "q4_0", "tg128", 2)
 
@@ -113,12 +108,23 @@ def test_readme_takes_the_fastest_setting_and_never_rounds_up() -> None:
     row = {**ROW, "results": [*ROW["results"], slow]}
     assert readme.best_of(row, "llama.cpp") is row["results"][1] and readme.best_of(row, "torch") is None
     assert readme.others([row]) == ["openvino"]
-    llama, vino = readme.speed([row], ["llama.cpp", "openvino"]).splitlines()[2:]
+    llama, vino = readme.speed(readme.beside([row], ["llama.cpp", "openvino"])).splitlines()[2:]
     assert llama == "| 135M Q4_0 | tg128 | llama.cpp | 100 ± 10% | 80% | 50 (80) | **2.00x** (1.25x) |"
     assert "openvino q4_0" in vino and "failed: no wheel" in vino
     assert readme.never_up(1.5999) == "1.59" and readme.median([3.0, 1.0, 2.0, 10.0]) == 2.5
     ours = {**ROW["results"][0], "name": "smolrun fast kv=q8_0"}
-    assert "135M Q4_0 (fast kv=q8_0)" in readme.speed([{**row, "results": [ours, slow]}], ["llama.cpp"])
+    assert "135M Q4_0 (fast kv=q8_0)" in readme.speed(readme.beside([{**row, "results": [ours, slow]}], ["llama.cpp"]))
+
+
+def test_readme_shows_few_rows_and_names_all_that_are_lost() -> None:
+    swapped = [{**ROW["results"][1], "name": "smolrun fast"}, {**ROW["results"][0], "name": "llama.cpp q6_k"}]
+    odd = {**ROW, "format": "q6_k", "test": "tg32@d7680", "results": swapped}
+    pairs = readme.beside([ROW, odd], ["llama.cpp", "openvino"])
+    (line,) = readme.short_speed(pairs).splitlines()[2:]
+    assert line == "| 135M Q4_0 | decode | 100 | 50 | **2.00x** |"
+    lost = "135M Q6_K, decode at a depth of 7,680, 2 threads, llama.cpp (0.50x)"
+    assert readme.behind(pairs) == f"smolrun is behind in 1 of 2 comparisons: {lost}."
+    assert readme.behind(readme.beside([ROW], ["llama.cpp"])) == "smolrun is ahead in all 1 comparisons."
 
 
 # ---- the document ----------------------------------------------------------------------------------------------------
@@ -255,29 +261,6 @@ def test_a_paused_child_is_stopped_and_its_next_request_wakes_it(tmp_path: Path)
     finally:
         child.close()
     assert child._process.returncode == 0
-
-
-# ---- the Hugging Face folder -----------------------------------------------------------------------------------------
-
-
-def test_the_folder_is_the_same_model(tmp_path: Path) -> None:
-    source = make_tiny(tmp_path, fmt="F16", embd_fmt="F16").gguf
-    folder = tmp_path / "hf"
-    hf_folder.write(source, folder)
-    with open_checkpoint(source) as gguf, open_checkpoint(folder) as hf:
-        one, other = (replace(c.config, name="", licence="") for c in (gguf, hf))
-        assert one == other
-        assert gguf.tensors.keys() == hf.tensors.keys()
-        for name, tensor in gguf.tensors.items():
-            one, other = (dequantize_ref(FORMATS[t.format], t.raw).reshape(t.shape) for t in (tensor, hf.tensors[name]))
-            if tensor.permuted:  # GGUF: pairs (2 i, 2 i + 1) of a head; Hugging Face: (i, i + 32)
-                one = one.reshape(-1, 32, 2, one.shape[1]).transpose(0, 2, 1, 3).reshape(one.shape)
-            assert np.array_equal(one, other), name
-        text = "The sea, 1234 times."
-        ids = [Tokenizer.from_source(c.tokenizer).encode(text) for c in (gguf, hf)]
-        assert ids[0] == ids[1]
-    with pytest.raises(FileExistsError):
-        hf_folder.write(source, folder)
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ the prompt by then. Both ways must give the same ids.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from smolrun.api import load_draft
+from smolrun.bench import as_csv
 from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.generate.engine import Model, generate_ids
@@ -116,12 +115,8 @@ class Report:
 
     def to_csv(self) -> str:
         """A line for each row."""
-        text = io.StringIO()
-        lines = [{"model": self.model, "tier": self.tier, "how": self.how, **row.figures()} for row in self.rows]
-        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return text.getvalue().rstrip("\n")
+        common = {"model": self.model, "tier": self.tier, "how": self.how}
+        return as_csv([{**common, **row.figures()} for row in self.rows])
 
     def table(self) -> str:
         """For people."""

@@ -7,8 +7,6 @@ packages or, without, what the battery gauge says at the end of each sample: of 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 import time
@@ -17,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolrun.bench import prompt, seconds
+from smolrun.bench import as_csv, prompt, seconds
 from smolrun.errors import OptionError
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.generate.engine import Model
@@ -95,11 +93,7 @@ class Report:
 
     def to_csv(self) -> str:
         """A line for each sample."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(asdict(self.samples[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, self.samples))
-        return text.getvalue().rstrip("\n")
+        return as_csv([asdict(sample) for sample in self.samples])
 
     def table(self) -> str:
         """For people: at most some twenty lines of the run, and the run as a whole."""
