@@ -110,6 +110,9 @@ def compile_objects(
     return objects
 
 
+C_IS_FOR = "it is for Linux and Android, and x86-64's is made on x86-64"
+
+
 def has_c(target: Target) -> bool:
     """Whether the C interface can be compiled here for a target: that of x86-64 only there, since LLVM's Python package
     reads assembly (CPUID) of its own machine alone.
@@ -126,9 +129,7 @@ def c_interface(tier: Tier, names: Iterable[str], target: Target) -> dict[str, b
         BuildError: the target has none, see has_c; the compiling child failed.
     """
     if not has_c(target):
-        raise BuildError(
-            f"no C interface for {target.name}: it is for Linux and Android, and x86-64's is made on x86-64"
-        )
+        raise BuildError(f"no C interface for {target.name}: {C_IS_FOR}")
     symbols = compile_objects(tier, [f"smolrun_symbol,{','.join(names)}"], target)
     functions = compile_objects(target.tiers[-1], [*API, "smolrun_worker"], target)
     return functions | dict(zip(["smolrun_symbol"], symbols.values(), strict=True))

@@ -87,11 +87,12 @@ Progress = Callable[[str, int, int], object]
 
 @dataclass(frozen=True)
 class Bundle:
-    """What was made: the folder, its tiers, bytes in all."""
+    """What was made: the folder, its tiers, bytes in all, and whether C can call it, too (link.has_c)."""
 
     path: Path
     tiers: list[str]
     bytes: int
+    c: bool
 
 
 def choose_tiers(target: link.Target, cpus: Sequence[str] = (), features: Sequence[str] = ()) -> list[Tier]:
@@ -186,7 +187,8 @@ def compile_model(
         raise SmolrunError(f"{error.filename or out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Bundle(out, [tier.name for tier in tiers], sum(path.stat().st_size for path in _files(out)))
+    size = sum(path.stat().st_size for path in _files(out))
+    return Bundle(out, [tier.name for tier in tiers], size, link.has_c(link.TARGETS[target]))
 
 
 def _library_name(target: link.Target, tier: Tier) -> str:

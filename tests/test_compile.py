@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import smolrun
 from smolrun import Sampling
-from smolrun.compile import CPUS, choose_tiers, compile_model, modules
+from smolrun.cli.compile import command
+from smolrun.compile import CPUS, Bundle, choose_tiers, compile_model, modules
 from smolrun.errors import KernelError, OptionError, SmolrunError, UnsupportedModel
 from smolrun.files.packed import HEAD
 from smolrun.kernels import link
@@ -409,6 +411,15 @@ def test_where_a_bundle_goes(tiny: Tiny, app: Path, tmp_path: Path, monkeypatch:
         make(tmp_path / "file" / "app")
     assert (tmp_path / "app" / "bundle.json").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["app", "file", "folder"]
+
+
+@pytest.mark.parametrize("c", [True, False])
+def test_the_verb_says_what_was_made(tiny: Tiny, tmp_path: Path, c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smolrun.compile.compile_model", lambda *_, **__: Bundle(tmp_path / "app", ["avx2"], 5000, c))
+    given = [str(tiny.gguf), "--target", "x86_64-windows", "-o", "app"]
+    said, facts = (CliRunner().invoke(command, [*given, *more]).output for more in ([], ["--json"]))
+    assert "for x86_64-windows (avx2)" in said and ("without the C interface" in said) is not c
+    assert json.loads(facts)["c"] is c
 
 
 @pytest.mark.real

@@ -198,6 +198,13 @@ def test_a_folder_that_executes_nothing(sound: Path, monkeypatch: pytest.MonkeyP
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
+def test_a_name_of_many_makes_a_file_name_of_its_own() -> None:
+    """File systems take 255 bytes; a table of symbols lists every kernel of a bundle in its name."""
+    names = [f"smolrun_symbol,{','.join(f'matmul_{i}' for i in range(n))}" for n in (3, 40, 41)]
+    files = [load.image_path(Path(), choose(), name, ".aarch64-linux-android.o").name for name in names]
+    assert len(set(files)) == 3 and max(map(len, files)) < 200
+
+
 def test_two_processes_compile_once(tmp_path: Path) -> None:
     """The one that waits sees progress, then finds the image."""
     body = """

@@ -43,11 +43,14 @@ def command(
     There: `python -m FOLDER chat`. Kernels are compiled here, for each kind of CPU that the device may have.
     """
     from smolrun.compile import KV, compile_model
+    from smolrun.kernels.link import C_IS_FOR
 
     path, chosen = load.path(model), {**load.settings, **progress.loading()}
     made = compile_model(path, output, target=target, cpus=cpus, features=features, kv=kv or KV, **chosen)
     if as_json:
-        click.echo(json.dumps({"path": str(made.path), "tiers": made.tiers, "bytes": made.bytes}))
+        click.echo(json.dumps({"path": str(made.path), "tiers": made.tiers, "bytes": made.bytes, "c": made.c}))
         return
     click.echo(f"{output}: {size(made.bytes)}, for {target} ({', '.join(made.tiers)})")
+    if not made.c:
+        click.echo(f"without the C interface: {C_IS_FOR}")
     click.echo(f"copy the folder to the device and run: python3 -m {output.name} chat")
