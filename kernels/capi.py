@@ -513,13 +513,11 @@ def append(h, ids, n, logits):  # type: ignore[no-untyped-def]
         put_i64(segment + S.count, count)
         put_i64(segment + S.start, length + first)
         put_i64(block + B.n, count)
+        put_i64(block + B.rows, 1 if first + count == n else 0)  # the last row alone
         if run(h, get_i64(h + H.forward)):
             return E.CANCELLED
-    out = get_i64(block + B.out)
     put_i64(block + B.n, 1)
-    put_i64(block + B.out, out + 4 * (count - 1) * get_i64(block + B.dim))  # the last row alone
     cancelled = run(h, get_i64(h + H.classify))
-    put_i64(block + B.out, out)
     found = E.CANCELLED if cancelled else best(h, logits)
     if found >= 0:
         put_i64(h + H.length, length + n)

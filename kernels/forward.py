@@ -11,6 +11,9 @@
               prepare, down   gate -> act; x += act                tokens; row groups
     norm                      x -> out                             tokens
 
+Behind the keys and values of the last layer only those rows go on that are wanted: of a prompt the last one, none of
+its chunks before.
+
 A phase ends when all of its items are done, whoever did them (team.py). Of a single token, `prepare` is no phase: every
 thread makes the activations for itself, which takes less than waiting for them. A matrix may have an adapter: `prepare`
 then makes its u too, and who multiplies a row group adds u up^T. `classify` is a second entry: prefill needs logits of
@@ -22,11 +25,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .attention import make_attention, merge_spans, segment_of
-from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, MOST_RANK, PHASES, A, B, S, T, W
+from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, MOST_RANK, PHASES, TAIL_BYTES, A, B, S, T, W
 from .jit import kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
-from .simd import call_word, f32, get_f32, get_i64, i64, vload, void, vsplat, vstore
+from .simd import call_word, f32, get_f32, get_i64, i64, put_i64, vload, void, vsplat, vstore
 from .target import record_bytes
 from .team import claim, done, wait
 
@@ -213,19 +216,44 @@ def embed(block, counter, x, dim, unpacked):  # type: ignore[no-untyped-def]
         done(counter, 1)
 
 
+@kernel
+def width_of(block):  # type: ignore[no-untyped-def]
+    """Floats of a row of qkv."""
+    return (get_i64(block + B.n_heads) + 2 * get_i64(block + B.n_kv_heads)) * HEAD_DIM
+
+
+@kernel
+def wanted(block, tail):  # type: ignore[no-untyped-def]
+    """The block of those tokens whose hidden states are wanted: this one, or at `tail` one of the last tokens alone."""
+    n, rows = get_i64(block + B.n), get_i64(block + B.rows)
+    if rows == n:
+        return block
+    segment, skip = get_i64(block + B.segments), n - rows
+    for i in range(0, 8 * B.size, 8):
+        put_i64(tail + i, get_i64(block + i))
+    last = tail + 8 * B.size
+    for i in range(0, 8 * S.size, 8):
+        put_i64(last + i, get_i64(segment + i))
+    put_i64(last + S.count, rows)
+    put_i64(last + S.start, get_i64(segment + S.start) + skip)
+    put_i64(tail + B.segments, last)
+    put_i64(tail + B.n, rows)
+    put_i64(tail + B.x, get_i64(block + B.x) + 4 * skip * get_i64(block + B.dim))
+    put_i64(tail + B.qkv, get_i64(block + B.qkv) + 4 * skip * width_of(block))
+    return tail
+
+
 def make_forward(key: str, value: str) -> Callable[..., None]:
     """forward(block, tid) for a KV cache of these kinds (block.KV_BYTES)."""
     store_kv, attention = make_attention(key, value)
 
     @kernel
-    def layer(block, i, counter, scratch, row):  # type: ignore[no-untyped-def]
-        """One layer; counter: its first claim counter. Returns 1 when the pass was cancelled."""
+    def project(block, i, counter, scratch, row):  # type: ignore[no-untyped-def]
+        """A layer up to its keys and values; counter: its first claim counter. Returns 1 when the pass is cancelled."""
         team, n = get_i64(block + B.team), get_i64(block + B.n)
-        dim, hidden = get_i64(block + B.dim), get_i64(block + B.hidden_dim)
-        x, qkv, gate = get_i64(block + B.x), get_i64(block + B.qkv), get_i64(block + B.gate)
-        kv_heads = get_i64(block + B.n_kv_heads)
+        dim, x, qkv = get_i64(block + B.dim), get_i64(block + B.x), get_i64(block + B.qkv)
+        kv_heads, width = get_i64(block + B.n_kv_heads), width_of(block)
         q_dim, kv_dim = get_i64(block + B.n_heads) * HEAD_DIM, kv_heads * HEAD_DIM
-        width = q_dim + 2 * kv_dim
         w = get_i64(block + B.layers) + i * LAYER.bytes
 
         if prepare_rows(block, counter, x, dim, dim, get_i64(w + LAYER.attn_norm), w + LAYER.q, 3, 0, row):
@@ -242,8 +270,16 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
                 break
             store_kv(block, i, item // kv_heads, item % kv_heads, qkv, scratch)
             done(counter + 4 * LINE, 1)
-        if wait(team, counter + 4 * LINE, n * kv_heads):
-            return 1
+        return wait(team, counter + 4 * LINE, n * kv_heads)
+
+    @kernel
+    def complete(block, i, counter, scratch, row):  # type: ignore[no-untyped-def]
+        """The rest of it."""
+        team, dim, hidden = get_i64(block + B.team), get_i64(block + B.dim), get_i64(block + B.hidden_dim)
+        x, qkv, gate = get_i64(block + B.x), get_i64(block + B.qkv), get_i64(block + B.gate)
+        q_dim, width = get_i64(block + B.n_heads) * HEAD_DIM, width_of(block)
+        w = get_i64(block + B.layers) + i * LAYER.bytes
+
         items = attention(block, i, counter + 5 * LINE, qkv, scratch)
         if wait(team, counter + 5 * LINE, items):
             return 1
@@ -270,10 +306,17 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         embed(block, counters, x, dim, unpacked_of(block, row))
         if wait(team, counters, n):
             return
-        for i in range(get_i64(block + B.n_layers)):
-            if layer(block, i, counters + (1 + i * PHASES) * LINE, scratch, row):
+        n_layers = get_i64(block + B.n_layers)
+        for i in range(n_layers):
+            counter = counters + (1 + i * PHASES) * LINE
+            if project(block, i, counter, scratch, row):
                 return
-        last = counters + (1 + get_i64(block + B.n_layers) * PHASES) * LINE
+            if i == n_layers - 1:
+                block = wanted(block, scratch + get_i64(block + B.scratch_bytes) - TAIL_BYTES)
+            n = get_i64(block + B.n)
+            if n == 0 or complete(block, i, counter, scratch, row):
+                return
+        last, x = counters + (1 + n_layers * PHASES) * LINE, get_i64(block + B.x)
         while True:
             t = claim(last, 1)
             if t >= n:

@@ -29,7 +29,7 @@ from typing import Any
 
 from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
-from smolrun.generate.engine import CachedSequence, Model
+from smolrun.generate.engine import CachedSequence, Model, passes
 from smolrun.kernels import load, target
 from smolrun.kernels.block import PAGE
 from smolrun.kernels.panels import ROWS
@@ -355,25 +355,19 @@ def seconds(model: Model, ids: Sequence[int], depth: Sequence[int], *, one_by_on
         for text in texts:
             seqs.append(seq := model.open(text))
             seq.truncate(min(seq.length, len(depth)))
-            _feed(model, seq, text[seq.length : len(depth)])
+            for _ in passes(model, seq, text[: len(depth)], 0):
+                pass
         begin = time.perf_counter()
         if one_by_one:
             for at in range(len(depth), len(whole)):
                 model.logits(model.step([(seq, [text[at]]) for seq, text in zip(seqs, texts, strict=True)]))
         else:
-            model.logits(_feed(model, seqs[0], ids)[-1:])
+            *_, hidden = passes(model, seqs[0], whole, 1)
+            model.logits(hidden)
         return time.perf_counter() - begin
     finally:
         for seq in seqs:
             seq.close()
-
-
-def _feed(model: Model, seq: CachedSequence, ids: Sequence[int]) -> Any:
-    """Passes over ids in chunks; the last chunk's hidden states, None without ids."""
-    hidden = None
-    for start in range(0, len(ids), model.chunk):
-        hidden = model.hidden(seq, ids[start : start + model.chunk])
-    return hidden
 
 
 def roofline(threads: int) -> dict[str, float]:

@@ -132,7 +132,7 @@ class Sessions:
             slot.close()
 
     def _compute(self, path: Path, slot: Slot, ids: Sequence[int]) -> None:
-        if any(hidden is None for hidden in passes(self._model, slot, ids)):
+        if any(hidden is None for hidden in passes(self._model, slot, ids, 0)):
             raise SessionError(f"{path}: the model was closed meanwhile")
 
     def load(self, path: Path) -> Session:

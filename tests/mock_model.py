@@ -66,8 +66,8 @@ class MockModel:
     def room(self) -> int:
         return self.context - sum(len(seq.ids) for seq in self.opened)
 
-    def hidden(self, seq: MockSequence, ids: Sequence[int]) -> np.ndarray:
-        return self.step([(seq, ids)])
+    def hidden(self, seq: MockSequence, ids: Sequence[int], rows: int | None = None) -> np.ndarray:
+        return self.step([(seq, ids)])[max(len(ids) - rows, 0) if rows is not None else 0 :]
 
     def step(self, work: Sequence[tuple[MockSequence, Sequence[int]]]) -> np.ndarray:
         assert 1 <= sum(len(ids) for _, ids in work) <= self.chunk and len(work) <= self.segments

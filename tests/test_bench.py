@@ -86,11 +86,11 @@ class Recorder:
         seq.truncate = truncate
         return seq
 
-    def hidden(self, seq: Any, ids: Sequence[int]) -> Any:
+    def hidden(self, seq: Any, ids: Sequence[int], rows: int | None = None) -> Any:
         self.log.append((seq.length, list(ids)))
         seq.length += len(ids)
         self.length = seq.length
-        return np.zeros((len(ids), 4), np.float32)
+        return np.zeros((len(ids) if rows is None else rows, 4), np.float32)
 
     def step(self, work: Sequence[tuple[Any, Sequence[int]]]) -> Any:
         return np.concatenate([self.hidden(seq, ids) for seq, ids in work])

@@ -282,6 +282,23 @@ def test_bits_do_not_depend_on_what_else_is_in_the_pass(threads: int, kv: str, t
         assert same(np.concatenate(parts), truth[i]), f"sequence {i}"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_rows_that_nobody_wants_are_left_out(threads: int, kv: str, tiny: Tiny, load: Load) -> None:
+    ids = some_ids(700)
+    expected = hidden(load(tiny.gguf, kv=kv), ids)
+    model = load(tiny.gguf, kv=kv, threads=threads)
+    for rows in (0, 1, 2, 70, 183):
+        slot = model.open(ids)
+        slot.truncate(0)
+        while slot.length < 512:
+            assert model.hidden(slot, ids[slot.length :][: model.chunk], 0).shape == (0, model.config.dim)
+        found = model.hidden(slot, ids[512:-5], rows)
+        assert same(found, expected[695 - rows : 695]), rows
+        assert same(model.hidden(slot, ids[-5:], 9), expected[-5:]), rows
+        slot.close()
+
+
 def test_a_cancelled_pass_leaves_every_slot_as_it_was(tiny: Tiny, load: Load) -> None:
     model = load(tiny.gguf, threads=2)
     slots = [model.open(PROMPT[:n]) for n in (3, 5, 7)]

@@ -54,7 +54,7 @@ class Model(Protocol):
     @property
     def room(self) -> int: ...
     def open(self, ids: Sequence[int], /) -> CachedSequence: ...
-    def hidden(self, seq: Any, ids: Sequence[int], /) -> Logits: ...
+    def hidden(self, seq: Any, ids: Sequence[int], rows: int | None = None, /) -> Logits: ...
     def step(self, work: Sequence[tuple[Any, Sequence[int]]], /) -> Logits: ...
     def logits(self, hidden: Logits, /) -> Logits: ...
     def cancel(self) -> None: ...
@@ -158,7 +158,7 @@ def _steps(
     seq = model.open(prompt)
     try:
         hidden = None
-        for chunk in passes(model, seq, prompt, cancel=cancel, progress=progress):
+        for chunk in passes(model, seq, prompt, 1, cancel=cancel, progress=progress):
             hidden = chunk
         if count >= limit and hidden is not None:
             yield Step(None, finish_reason=reason)
@@ -218,17 +218,14 @@ def logits_from(
     seq = model.open(ids)
     try:
         seq.truncate(min(seq.length, first))
-        position = seq.length
-        for hidden in passes(model, seq, ids, cancel=cancel):
+        for hidden in passes(model, seq, ids, len(ids) - first, cancel=cancel):
             if hidden is None:
                 return
-            skip = max(first - position, 0)
-            if skip < len(hidden):
-                logits = run_pass(partial(model.logits, hidden[skip:]), cancel)
+            if len(hidden):
+                logits = run_pass(partial(model.logits, hidden), cancel)
                 if logits is None:
                     return
-                yield position + skip, logits
-            position += len(hidden)
+                yield seq.length - len(hidden), logits
     finally:
         seq.close()
 
@@ -237,22 +234,27 @@ def passes(
     model: Model,
     seq: CachedSequence,
     ids: Sequence[int],
+    wanted: int,
     *,
     cancel: Cancel | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Logits | None]:
-    """Computes what the cache lacks of `ids`: yields hidden states by chunks, None (and no more) once cancelled."""
+    """Computes what the cache lacks of `ids`: yields by chunks the hidden states of those of the last `wanted` that are
+    in the chunk, None (and no more) once cancelled.
+    """
     todo = list(ids[seq.length :])
     if progress is not None:
         progress(0, len(todo))
     with watched(model, cancel):
         for start in range(0, len(todo), model.chunk):
-            hidden = run_pass(partial(model.hidden, seq, todo[start : start + model.chunk]), cancel)
+            part = todo[start : start + model.chunk]
+            after = len(todo) - start - len(part)
+            hidden = run_pass(partial(model.hidden, seq, part, max(wanted - after, 0)), cancel)
             yield hidden
             if hidden is None:
                 return
             if progress is not None:
-                progress(start + len(hidden), len(todo))
+                progress(start + len(part), len(todo))
 
 
 def run_pass(work: Callable[[], Logits], cancel: Cancel | None) -> Logits | None:

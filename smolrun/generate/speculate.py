@@ -185,9 +185,9 @@ class Draft:
             while end < len(ids) and not (cancel is not None and cancel.is_set()):
                 begin, start = self._clock(), self._seq.length
                 todo = ids[start : min(end, start + self._model.chunk)].tolist()
-                hidden = self._model.hidden(self._seq, todo)
-                if self._seq.length == end:
-                    row = self._model.logits(hidden[-1:])[0]
+                hidden = self._model.hidden(self._seq, todo, int(start + len(todo) == end))
+                if len(hidden):
+                    row = self._model.logits(hidden)[0]
                     ids[end] = self._sampler.sample(row, ids[:end], self._prompt_length).id
                     end += 1
                 self._costs.add(len(todo), self._clock() - begin)

@@ -213,9 +213,9 @@ class Llama:
         """Positions of the cache that no open slot holds."""
         return self.cache.room
 
-    def hidden(self, slot: Slot, ids: Sequence[int]) -> Floats:
-        """Append ids to one slot: `step` for a batch of one."""
-        return self.step([(slot, ids)])
+    def hidden(self, slot: Slot, ids: Sequence[int], rows: int | None = None) -> Floats:
+        """Append ids to one slot, as `step`; hidden states of the last `rows` of them alone, which is less work."""
+        return self._pass([(slot, ids)], rows)
 
     def step(self, work: Sequence[tuple[Slot, Sequence[int]]]) -> Floats:
         """Append ids to slots, to each its own, in one pass over the weights.
@@ -232,6 +232,9 @@ class Llama:
             CacheFull: it is too small for all of them together; every slot is as before.
             OptionError: an id outside the vocabulary, or a wrong number of them.
         """
+        return self._pass(work, None)
+
+    def _pass(self, work: Sequence[tuple[Slot, Sequence[int]]], rows: int | None) -> Floats:
         n, slots = sum(len(ids) for _, ids in work), {slot for slot, _ in work}
         if not 1 <= n <= self.chunk or not all(len(ids) for _, ids in work):
             raise OptionError(f"{n} ids in one call: expected 1..{self.chunk}, for every slot at least one")
@@ -252,12 +255,13 @@ class Llama:
             first += count
             parts += (start // SPAN + 1) * self._span_bytes
         self._arena.arrays["segments"].view(np.int64)[: S.size * len(work)] = np.array(segments).reshape(-1)
-        if not self._run("forward", n=n, n_segments=len(work)):
+        wanted = n if rows is None else min(rows, n)
+        if not self._run("forward", n=n, rows=wanted, n_segments=len(work)):
             self.team.cancel(False)
             raise Cancelled
         for (slot, _), (first, count, *_rest) in zip(work, segments, strict=True):
             slot.ids.extend(array[first : first + count].tolist())
-        hidden: Floats = self._array("out")[: n * self.config.dim].reshape(n, -1).copy()
+        hidden: Floats = self._array("out")[: wanted * self.config.dim].reshape(wanted, self.config.dim).copy()
         return hidden
 
     def logits(self, hidden: Floats) -> Floats:
