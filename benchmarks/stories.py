@@ -20,15 +20,18 @@ import sys
 import time
 from pathlib import Path
 
+from peers import machine, write_json
+
 import smolrun
 from smolrun.train.data import Corpus, Vocabulary, read_tokenizer
 from smolrun.train.recipe import Pretrain, read_recipe
 from smolrun.train.run import read_log
 
+RESULT = Path(__file__).parent / "results" / "stories.json"
 RECIPE = Path(__file__).parents[1] / "examples" / "train" / "tinystories-5m.toml"
 TOKENS = 2000
 WORD = re.compile(r"[a-z']+")
-NEAR = 8  # words within which four words must not come again
+NEAR = 8  # words within which the same four words come again: a refrain; a third time within twice as many: a loop
 
 
 def curve(log: Path) -> list[dict[str, object]]:
@@ -60,6 +63,15 @@ def write_stories(model: Path) -> tuple[str, int]:
     return text, count
 
 
+def refrains(text: str) -> tuple[int, int, int]:
+    """(words, refrains, loops) of a text."""
+    words = WORD.findall(text.lower())
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    twice = sum(gram in grams[i + 1 : i + 1 + NEAR] for i, gram in enumerate(grams))
+    thrice = sum(grams[i + 1 : i + 1 + 2 * NEAR].count(gram) > 1 for i, gram in enumerate(grams))
+    return len(words), twice, thrice
+
+
 def killed_once(recipe: Pretrain, changes: list[str]) -> dict[str, object]:
     """Train, with one kill; what came of it.
 
@@ -88,11 +100,13 @@ def judged(recipe: Pretrain) -> dict[str, object]:
     vocabulary = Vocabulary.of(read_tokenizer(out / "tokenizer"))
     corpus = Corpus("stories", recipe.sources["stories"], vocabulary)
     decode = vocabulary.tokenizer.decode
-    known = {word for i in corpus.learnt for word in WORD.findall(decode(corpus.document(int(i))[1:-1]).lower())}
+    learnt = "\n\n".join(decode(corpus.document(int(i))[1:-1]) for i in corpus.learnt)
+    known = set(WORD.findall(learnt.lower()))
     stories, count = write_stories(out / "model")
     (out / "stories.txt").write_text(stories, encoding="utf-8")
     words = WORD.findall(stories.lower())
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    _, twice, loops = refrains(stories)
+    all_words, all_twice, all_loops = refrains(learnt)
     return {
         "steps": last["step"],
         "tokens": step["tokens"],
@@ -102,7 +116,10 @@ def judged(recipe: Pretrain) -> dict[str, object]:
         "words": len(words),
         "known_words": round(sum(word in known for word in words) / len(words), 4),
         "unknown": sorted({word for word in words if word not in known}),
-        "four_word_loops": sum(gram in grams[i + 1 : i + 1 + NEAR] for i, gram in enumerate(grams)),
+        "refrains": twice,
+        "loops": loops,
+        "refrains_of_the_text": round(all_twice * len(words) / all_words, 2),  # in as many words
+        "loops_of_the_text": round(all_loops * len(words) / all_words, 2),
     }
 
 
@@ -111,12 +128,16 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as smolrun train pretrain")
     parser.add_argument("--judge", action="store_true", help="a run that is there, without training")
+    parser.add_argument("--save", action="store_true", help="into results/stories.json")
     given = parser.parse_args()
     changes = [f"sources.stories.path={given.text}", *given.set]
     recipe = read_recipe(RECIPE, {"pretrain": Pretrain}, changes)
     assert isinstance(recipe, Pretrain)
-    trained = {} if given.judge else killed_once(recipe, changes)
-    print(json.dumps({**trained, **judged(recipe)}, indent=1))
+    before = json.loads(RESULT.read_text()) if given.judge and RESULT.exists() else {}
+    found = {**before, **(killed_once(recipe, changes) if not given.judge else {}), **judged(recipe)}
+    print(json.dumps(found, indent=1))
+    if given.save:
+        write_json(RESULT, {**found, "machine": machine()})
 
 
 if __name__ == "__main__":
