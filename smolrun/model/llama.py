@@ -147,16 +147,20 @@ class Llama:
         sizes = memory.buffer_sizes(
             c, chunk=chunk, terms=max(PRECISION[precision].values()), threads=self.threads, context=self.context
         )
-        self._logit_rows = min(memory.LOGIT_ROWS, chunk)
+        self._width = ROWS * int(self.weights.tables.head[2])  # floats of a row of logits
         self._span_bytes = 4 * c.n_heads * PART
         self._arena = memory.Arena(sizes, huge=False)  # most of it is for long prompts
+        # NumPy takes microseconds for a view or an address, a token few thousand: they are made once
+        self._words = {name: self._arena.arrays[name].view(np.int64) for name in ("ids", "segments", "counters")}
+        self._floats = {name: self._arena.arrays[name].view(np.float32) for name in ("out", "rope")}
+        self._parts = self._arena.address("parts")
         self._jobs = {"forward": code[names[0]], "classify": code["classify"]}
         self._own_team = team is None
         self._team: Team | None = (
             Team(code, self.threads, ours.cpus if self.threads <= ours.count else ()) if team is None else team
         )
         self.block = self._fill(code[names[2]], sizes)
-        self._block_address = self.block.ctypes.data  # asking NumPy for it costs 3 us
+        self._block_address = self.block.ctypes.data
 
     def _context(self, wanted: int | None, weights: int) -> int:
         limit = self.config.max_positions
@@ -185,9 +189,6 @@ class Llama:
             block[getattr(B, name) // 8] = value
         return block
 
-    def _array(self, name: str) -> Floats:
-        return self._arena.arrays[name].view(np.float32)
-
     @property
     def team(self) -> Team:
         """The team; `close` of another thread may take it at any time, so it is looked at once."""
@@ -200,7 +201,7 @@ class Llama:
         self.block[B.team // 8] = team.address
         for name, value in words.items():
             self.block[getattr(B, name) // 8] = value
-        self._arena.arrays["counters"].fill(0)
+        self._words["counters"].fill(0)
         return team.run(self._jobs[job], self._block_address)
 
     def open(self, ids: Sequence[int]) -> Slot:
@@ -240,51 +241,51 @@ class Llama:
             raise OptionError(f"{n} ids in one call: expected 1..{self.chunk}, for every slot at least one")
         if len(work) > self.segments or len(slots) < len(work):
             raise OptionError(f"{len(work)} slots in one call: expected at most {self.segments}, all different")
-        array = np.concatenate([np.asarray(ids, np.int64) for _, ids in work])
+        array, first = self._words["ids"][:n], 0
+        for _, ids in work:
+            array[first : first + len(ids)] = ids
+            first += len(ids)
         if array.min() < 0 or array.max() >= self.config.vocab_size:
             raise OptionError(
                 f"id {array.min() if array.min() < 0 else array.max()}: expected 0..{self.config.vocab_size - 1}"
             )
         self.cache.reserve([(slot, slot.length + len(ids)) for slot, ids in work])
-        self._arena.arrays["ids"].view(np.int64)[:n] = array
-        first, parts, segments = 0, self._arena.address("parts"), []
-        for slot, ids in work:
+        first, parts, segments = 0, self._parts, self._words["segments"]
+        for i, (slot, ids) in enumerate(work):
             start, count = slot.length, len(ids)
             self._extend_rope(start + count)
-            segments.append((first, count, start, slot.table_address, parts))
+            segments[S.size * i : S.size * (i + 1)] = first, count, start, slot.table_address, parts
             first += count
             parts += (start // SPAN + 1) * self._span_bytes
-        self._arena.arrays["segments"].view(np.int64)[: S.size * len(work)] = np.array(segments).reshape(-1)
         wanted = n if rows is None else min(rows, n)
         if not self._run("forward", n=n, rows=wanted, n_segments=len(work)):
             self.team.cancel(False)
             raise Cancelled
-        for (slot, _), (first, count, *_rest) in zip(work, segments, strict=True):
-            slot.ids.extend(array[first : first + count].tolist())
-        hidden: Floats = self._array("out")[: wanted * self.config.dim].reshape(wanted, self.config.dim).copy()
+        known, first = array.tolist(), 0
+        for slot, ids in work:
+            slot.ids.extend(known[first : first + len(ids)])
+            first += len(ids)
+        hidden: Floats = self._floats["out"][: wanted * self.config.dim].reshape(wanted, self.config.dim).copy()
         return hidden
 
     def logits(self, hidden: Floats) -> Floats:
         """Next-token logits of hidden states (n, dim): float32 (n, vocab_size)."""
         c = self.config
         states = np.ascontiguousarray(hidden, np.float32).reshape(-1, c.dim)
-        out = np.empty((len(states), c.vocab_size), np.float32)
-        width = ROWS * int(self.weights.tables.head[2])
-        for first in range(0, len(states), self._logit_rows):
-            part = states[first : first + self._logit_rows]
-            self._array("out")[: part.size] = part.reshape(-1)
-            if not self._run("classify", n=len(part)):
+        out = np.empty((len(states), self._width), np.float32)
+        address = out.ctypes.data
+        for first in range(0, len(states), self.chunk):
+            part = states[first : first + self.chunk]
+            self._floats["out"][: part.size] = part.reshape(-1)
+            if not self._run("classify", n=len(part), logits=address + 4 * self._width * first):
                 self.team.cancel(False)
                 raise Cancelled
-            out[first : first + len(part)] = self._array("logits")[: len(part) * width].reshape(-1, width)[
-                :, : c.vocab_size
-            ]
-        return out
+        return np.ascontiguousarray(out[:, : c.vocab_size])
 
     def _extend_rope(self, n: int) -> None:
         if n > self._rope_filled:
             end = min(self.context, -(-n // ROPE_STEP) * ROPE_STEP)
-            rows = self._array("rope").reshape(-1, 2, self.config.head_dim // 2)
+            rows = self._floats["rope"].reshape(-1, 2, self.config.head_dim // 2)
             rows[self._rope_filled : end] = rope.table(self._theta, self._rope_filled, end)
             self._rope_filled = end
 

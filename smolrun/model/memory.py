@@ -34,7 +34,6 @@ from smolrun.model import machine
 LEAST_CONTEXT = 512  # positions; the default goes no lower, however little memory there is
 CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
 SEGMENTS = 32  # sequences of one pass
-LOGIT_ROWS = 28  # rows of one classifier pass; bounds its buffer, 200 KB a row
 PROCESS = 46_000_000  # bytes of Python, NumPy, the tokenizers library and the kernels' code, on Linux
 PROCESS_TOKEN = 500  # bytes for each token of the vocabulary, as texts, merges and the tables made of them
 
@@ -112,9 +111,7 @@ def buffer_sizes(
         "scratch": threads * scratch_bytes(widest),
         "counters": LINE * (2 + c.n_layers * PHASES),
         "rope": f * HEAD_DIM * context,
-        # the classifier's activations lie in the chunk's buffers
-        "logits": f * min(LOGIT_ROWS, chunk) * ROWS * -(-c.vocab_size // ROWS),
-    }
+    }  # the classifier's activations lie in these, too
 
 
 def estimate(
@@ -138,7 +135,7 @@ def estimate(
     weights = sum(panel_bytes(name, rows, cols) for name, rows, cols in tensors)
     used = context if filled is None else min(filled, context)
     sizes = buffer_sizes(config, chunk=CHUNK, terms=2, threads=threads, context=context)
-    one = sizes | {"parts": sizes["parts"] // SEGMENTS, "logits": sizes["logits"] // min(LOGIT_ROWS, CHUNK)}
+    one = sizes | {"parts": sizes["parts"] // SEGMENTS}
     process = PROCESS + PROCESS_TOKEN * config.vocab_size
     return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), process)
 
