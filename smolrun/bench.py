@@ -363,6 +363,7 @@ def seconds(model: Model, ids: Sequence[int], depth: Sequence[int], *, one_by_on
                 model.logits(model.step([(seq, [text[at]]) for seq, text in zip(seqs, texts, strict=True)]))
         else:
             *_, hidden = passes(model, seqs[0], whole, 1)
+            assert hidden is not None  # nobody cancels
             model.logits(hidden)
         return time.perf_counter() - begin
     finally:
