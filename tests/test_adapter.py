@@ -67,7 +67,7 @@ def hidden(path: Path, adapter: LowRank | None, ids: list[int], cuts: int = 100,
 def test_inference_has_the_bits_of_training(fmt: str, rank: int, tmp_path: Path) -> None:
     tiny = make_tiny(tmp_path, fmt=fmt)
     adapter, ids = an_adapter(tiny, rank=rank), np.random.default_rng(1).integers(17, 300, 90).tolist()
-    lora = LoRA.of(adapter)
+    lora = LoRA.of(adapter, 2)
     with open_checkpoint(tiny.gguf) as checkpoint:
         model = Model(checkpoint, tokens=96, lora=lora, threads=1)
     lora.read(adapter, model.parameters)

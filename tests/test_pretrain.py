@@ -126,11 +126,35 @@ def test_examples_are_sound(path: Path) -> None:
         ("tokenizer.path=x", "either `path` of one that is there, or `vocab_size`"),
         ("task=pretain", "task = 'pretain': 'pretrain' expected"),
         ("nonsense", "KEY=VALUE expected"),
+        ("stages.5.tokens=3", "stages.5.tokens: '5': one of 0 to 1 expected"),
+        ("stages.x.tokens=3", "'x': one of 0 to 1 expected"),
+        ("batch.tokens=inf", "batch.tokens = inf: a whole number expected"),
+        ("schedule.peak=nan", "schedule.peak = nan: a number expected"),
+        ("schedule.floor=0.1", "schedule.floor: kind = 'wsd' has none"),
+        ("schedule.floor=2", "floor from 0 to 1 expected"),
+        ("optimiser.clip=-1", "optimiser.clip = -1.0: from 0 expected"),
+        ("run.seed=-1", "run.seed = -1: from 0 expected"),
+        ("run.threads=0", "run.threads = 0: more than 0 expected"),
+        ("run.out=", "run.out = '': text expected"),
+        ("model.init_std=0", "model.init_std = 0.0: more than 0 expected"),
+        ("stages.0.length=-4", "stages.length = -4: more than 0 expected"),
+        ("stages.0.rope_theta=0", "stages.rope_theta = 0: a number from 1 to 1e12 expected"),
+        ("stages.0.mixture.prose=inf", "stages[0].mixture.prose = inf: a number expected"),
+        ("reweight.most=0.5", "reweight.most = 0.5: a factor from 1 expected"),
+        ("evaluate_tokens=0", "evaluate_tokens = 0: more than 0 expected"),
     ],
 )
 def test_recipes_are_refused_by_name(recipe: Path, change: str, problem: str) -> None:
     with pytest.raises(OptionError, match=re.escape(problem)):
         read(recipe, change)
+
+
+def test_what_a_base_has_is_not_said_again(recipe: Path) -> None:
+    """A key that would not be read is refused, as a shape is."""
+    table = "\n[model]\nbase = '135m'\nrope_theta = 50_000\n[tokenizer]"
+    recipe.write_text(re.sub(r"\n\[model\].*?\n\[tokenizer\]", table, recipe.read_text(), flags=re.S))
+    with pytest.raises(OptionError, match="base and rope_theta: either a model to go on from or a shape"):
+        read(recipe)
 
 
 def test_a_recipe_is_read(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,10 +170,10 @@ def test_a_recipe_is_read(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def places(path: Path) -> list[tuple[str, Any]]:
+def places(path: Path, *separator: str) -> list[tuple[str, Any]]:
     return [
         (row.where.removeprefix(f"{path}"), row.value if isinstance(row, Row) else row.problem.split(":")[0])
-        for row in read_rows(path)
+        for row in read_rows(path, *separator)
     ]
 
 
@@ -158,6 +182,24 @@ def test_text_between_separators(tmp_path: Path) -> None:
     path.write_bytes(b"one\ntwo\n<|endoftext|>\nthree<|endoftext|>four\n<|endoftext|>\nfi\xffve\n<|endoftext|>\n\n")
     texts = [(where, value["text"] if isinstance(value, dict) else value) for where, value in places(path)]
     assert texts == [(":1", "one\ntwo"), (":4", "three"), (":4", "four"), (":6", "not UTF-8")]
+
+
+@pytest.mark.parametrize("mark", ["\n\n", "\n---\n", "\n", "="])
+def test_separators_with_line_ends_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    path, texts = tmp_path / "a.txt", ["one", "two b", "three"]
+    path.write_text(mark.join(texts))
+    for size in (1, 2, 3, 7, 1 << 20):
+        monkeypatch.setattr("smolrun.train.rows.PIECE", size)
+        assert [value["text"] for _, value in places(path, mark)] == texts
+    assert places(path, mark)[-1][0] == f":{1 + mark.count(chr(10)) * 2}"
+
+
+def test_a_torn_archive_is_a_bad_row(tmp_path: Path) -> None:
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(5000))
+    for name, data in (("a.jsonl.gz", gzip.compress(lines)[:-9000]), ("b.txt.gz", b"no archive")):
+        (tmp_path / name).write_bytes(data)
+        rows = list(read_rows(tmp_path / name))
+        assert isinstance(rows[-1], BadRow) and "unreadable from a point on" in rows[-1].problem
 
 
 def test_json_lines_and_lists(tmp_path: Path) -> None:
@@ -193,13 +235,18 @@ def test_columns(tmp_path: Path) -> None:
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(OptionError, match="splits train: name one"):
         files(str(tmp_path / "set"))
+    for name in ("state.json", "../dataset_dict.json"):
+        (folder / name).write_text('{"splits": []}')
+        with pytest.raises(OptionError, match=r"save the data set again"):
+            files(str((folder / name).parent))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 nothing")
     assert [type(row) for row in read_rows(tmp_path / "b.parquet")] == [BadRow]
 
 
 def test_folders_and_patterns(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    for name in ("b.txt", "in/a.jsonl", "c.csv", ".hidden.txt"):
+    (tmp_path / ".git").mkdir()
+    for name in ("b.txt", "in/a.jsonl", "c.csv", ".hidden.txt", ".git/x.txt"):
         (tmp_path / name).write_text("")
     assert [path.name for path in files(str(tmp_path))] == ["b.txt", "a.jsonl"]
     assert [path.name for path in files(str(tmp_path / "**/*.jsonl"))] == ["a.jsonl"]
@@ -258,9 +305,10 @@ def test_documents_are_encoded_once(
     known = set((tmp_path / "cache" / "tokens").iterdir())
     tokens_of(file, source, vocabulary)
     (made,) = set((tmp_path / "cache" / "tokens").iterdir()) - known
-    (made / "ids.bin").write_bytes(b"")
-    with pytest.raises(OptionError, match="delete it"):
-        tokens_of(file, source, vocabulary)
+    for name in ("ids.bin", "documents.npy", "about.json"):
+        (made / name).write_bytes(b"")
+        with pytest.raises(OptionError, match="delete it"):
+            tokens_of(file, source, vocabulary)
 
 
 # ---- the order of documents ------------------------------------------------------------------------------------------
@@ -485,6 +533,41 @@ def test_another_recipe_does_not_go_on(recipe: Path, done: Path, tmp_path: Path)
         plan.run()
 
 
+def test_a_tokenizer_is_made_anew_for_another_size_or_other_texts(recipe: Path, tmp_path: Path) -> None:
+    made = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    for changes, size in (([], 300), (["tokenizer.vocab_size=290"], 290), ([], 300)):
+        with tasks.prepare(recipe, changes) as plan:
+            assert plan.trainer.model.config.vocab_size == size
+    before = made.read_bytes()
+    (tmp_path / "prose.jsonl").write_text('{"text": "xyzzy xyzzy plugh plugh"}\n' * 200)
+    with tasks.prepare(recipe, ["sources.prose.held_out=0"]):
+        assert made.read_bytes() != before
+
+
+def test_a_lost_log_begins_anew(recipe: Path, tmp_path: Path) -> None:
+    with tasks.prepare(recipe) as plan:
+        plan.run(stop=lambda: plan.trainer.optimiser.steps >= 4)
+    (tmp_path / "run" / "log.jsonl").unlink()
+    with tasks.prepare(recipe) as plan:
+        assert plan.run()
+    assert [line["step"] for line in curve(tmp_path / "run") if line["kind"] == "step"] == [*range(5, 12)]
+
+
+def test_a_base_is_not_where_the_result_goes_and_stays_the_same(recipe: Path, tmp_path: Path) -> None:
+    tiny, text = make_tiny(tmp_path / "base", n_layers=1), recipe.read_text()
+    table = f'[model]\nbase = "{tiny.gguf}"\n[sources.prose]'
+    recipe.write_text(re.sub(r"\[model\].*?\[sources.prose\]", table, text, flags=re.S))
+    with tasks.prepare(recipe) as plan:
+        plan.run(stop=lambda: True)
+    make_tiny(tmp_path / "base", n_layers=1, seed=1)
+    with tasks.prepare(recipe) as plan, pytest.raises(OptionError, match=r"holds a run with data.model.base = "):
+        plan.run()
+    tiny.folder.rename(tmp_path / "run" / "model")
+    there = pytest.raises(OptionError, match="the result would be written there")
+    with there, tasks.prepare(recipe, [f"model.base={tmp_path}/run/model"]):
+        pass
+
+
 def test_too_little_memory_is_said_before(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.Machine, "available", lambda self: machine.Room(10_000_000, "a test"))
     less = "What takes less: a smaller batch.pass_tokens, batch.recompute"
@@ -587,6 +670,15 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
 
 
+def test_no_text_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": " "}\n')
+    child = command("tokenizer", str(tmp_path), "--out", str(tmp_path / "out"))
+    errors = child.communicate(timeout=60)[1]
+    assert child.returncode == 2 and "no text there" in errors and "bad.jsonl:1: text is empty" in errors
+    assert not (tmp_path / "out").exists()
+
+
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
 
@@ -641,3 +733,17 @@ def test_the_best_documents_are_kept(tmp_path: Path) -> None:
     assert (kept.documents, kept.kept) == (45, 15) and [row["label"] for row in found] == [1] * 15
     assert kept.head.correlation > 0.9 and min(row["score"] for row in found) == pytest.approx(kept.threshold, abs=1e-4)
     assert [bad.where for bad in kept.bad] == [f"{paths[0]}:46"]
+
+
+@pytest.mark.parametrize("label", [None, math.nan, math.inf, True, "1"])
+def test_a_label_is_a_number(label: object, tmp_path: Path) -> None:
+    class Constant:
+        def features(self, text: str) -> np.ndarray:
+            return np.zeros(4)
+
+    path = tmp_path / "known.jsonl"
+    for rows, problem in ((0, "0 labelled documents"), (9, "9 labelled documents with 1 different"), (10, "a number expected")):
+        labels = [1] * min(rows, 9) + [label] * (rows > 9)
+        path.write_text("".join(json.dumps({"text": "a", "label": x}) + "\n" for x in labels))
+        with pytest.raises(OptionError, match=problem):
+            keep_best(Constant(), str(path), str(path), tmp_path / "kept.jsonl", share=0.5)  # type: ignore[arg-type]

@@ -272,6 +272,28 @@ def test_dropout_is_the_same_in_both_directions(tiny: Tiny, make: Make) -> None:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_model_may_not_be_given(tiny: Tiny, make: Make) -> None:
+    for options, problem in (
+        ({"threads": 0}, "threads=0"),
+        ({"context": 0}, "context=0"),
+        ({"quantize": "q8_0"}, "with `lora` they are frozen"),
+    ):
+        with pytest.raises(OptionError, match=problem):
+            make(tiny, **options)
+    docs = documents(tiny.config, (5, 6))
+    for some, masks in (([], None), (docs, [[True] * 5]), (docs, [[True] * 5, [True]])):
+        with pytest.raises(OptionError):
+            Batch.of(some, masks)
+    nothing = Batch.of(docs, [[False] * 5, [False] * 6])
+    for batches in ([], [nothing]):
+        for objective in (next_token, evaluate, DPO()):
+            with pytest.raises(OptionError):
+                objective(make(tiny), batches)  # type: ignore[operator]
+    for alpha in (float("nan"), float("inf")):
+        with pytest.raises(OptionError, match="alpha"):
+            LoRA(alpha=alpha)
+
+
 def test_adamw_is_the_formula(tiny: Tiny, make: Make) -> None:
     model = make(tiny)
     optimiser = AdamW(model.parameters, model.ops, decay=0.1)

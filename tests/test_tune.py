@@ -15,7 +15,7 @@ from smolrun import Sampling
 from smolrun.errors import OptionError
 from smolrun.export import merge, write_folder
 from smolrun.files.checkpoint import open_checkpoint
-from smolrun.files.peft import read_adapter
+from smolrun.files.peft import Factors, LowRank, read_adapter, write_adapter
 from smolrun.quantize import quantize_file
 from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
@@ -254,6 +254,9 @@ def test_sft_of_all_weights_stops_early_at_its_best(tiny: Tiny, tmp_path: Path) 
     losses = [line["loss"] for line in logged(tmp_path, "evaluation")]
     assert "without a lower loss" in logged(tmp_path, "evaluation")[-1]["stop"]
     assert min(losses) == losses[-3] and len(logged(tmp_path, "step")) < plan.feed.steps
+    log = (tmp_path / "out" / "log.jsonl").read_bytes()
+    run(path)  # what has ended stays ended
+    assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
     with prepare(path, [f'model.base="{tmp_path}/out/model"', f'run.out="{tmp_path}/again"']) as again:
         assert again.feed.evaluate()["loss"] == pytest.approx(min(losses), rel=1e-5)
 
@@ -278,6 +281,19 @@ def test_dpo_after_sft_is_measured_against_the_tuned_model(tiny: Tiny, tmp_path:
     start = LORA + f'start = "{tmp_path}/sft/out/adapter"\n'
     run(recipe(tiny, tmp_path / "dpo", "dpo", start, epochs=1))
     assert logged(tmp_path / "dpo", "step")[0]["loss"] == pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_an_adapter_of_some_layers_is_not_gone_on_with(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "base", n_layers=2, dim=64, hidden_dim=96)
+    factors = {"blk.0.attn_q": Factors(np.ones((4, 64), np.float32), np.ones((64, 4), np.float32), 2.0)}
+    write_adapter(tmp_path / "start", LowRank(factors, 4, 8.0))
+    path = recipe(tiny, tmp_path, "sft", LORA + f'start = "{tmp_path}/start"\n')
+    with pytest.raises(OptionError, match="for some of the layers only"), prepare(path):
+        pass
+    write_adapter(tmp_path / "out" / "adapter", LowRank(factors, 4, 8.0))
+    with pytest.raises(OptionError, match="the result would be written there"):
+        with prepare(path, [f"lora.start={tmp_path}/out/adapter"]):
+            pass
 
 
 def test_what_a_recipe_may_not_say(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import click
 from smolrun.cli import progress
 from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 from smolrun.cli.table import columns, size
+from smolrun.errors import OptionError
 
 if TYPE_CHECKING:
     from smolrun.train.rows import BadRow
@@ -112,9 +114,12 @@ def tokenizer(sources: tuple[str, ...], out: Path, vocab_size: int, field: str) 
     from smolrun.train.vocabulary import train_vocabulary
 
     bad: list[Any] = []
-    count = train_vocabulary(
-        (text for path in sources for text in texts(Source(path=path, field=field, held_out=0), bad)), vocab_size, out
-    )
+    every = (text for path in sources for text in texts(Source(path=path, field=field, held_out=0), bad))
+    first = next(every, None)
+    if first is None:
+        _bad_rows(bad)
+        raise OptionError(f"{', '.join(sources)}: no text there")
+    count = train_vocabulary(itertools.chain([first], every), vocab_size, out)
     _bad_rows(bad)
     click.echo(f"{out}: {count:,} tokens")
 

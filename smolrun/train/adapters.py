@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 1024:
             raise OptionError(f"rank={self.rank}: expected 1..1024")
+        if not math.isfinite(self.alpha):
+            raise OptionError(f"alpha={self.alpha}: expected a number")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"dropout={self.dropout}: expected a probability below 1")
         if not self.targets or not set(self.targets) <= set(MATRICES):
@@ -77,7 +80,7 @@ class LoRA:
         return LowRank(factors, self.rank, self.alpha, self.dropout, base)
 
     @classmethod
-    def of(cls, adapter: LowRank, seed: int = 0) -> LoRA:
+    def of(cls, adapter: LowRank, n_layers: int, seed: int = 0) -> LoRA:
         """The kind of an adapter that is to be trained on.
 
         Raises:
@@ -85,8 +88,7 @@ class LoRA:
         """
         parts = {stem.split(".")[-1] for stem in adapter.factors}
         targets = tuple(m for m, tensor in TENSOR.items() if tensor in parts)
-        layers = 1 + max(int(stem.split(".")[1]) for stem in adapter.factors)
-        if len(adapter.factors) != layers * len(targets):
+        if len(adapter.factors) != n_layers * len(targets):
             raise OptionError("an adapter for some of the layers only cannot be trained on")
         scale = next(iter(adapter.factors.values())).scale
         return cls(adapter.rank, scale * adapter.rank, adapter.dropout, targets, seed)

@@ -30,7 +30,7 @@ from smolrun.text.tokenizer import Tokenizer
 from smolrun.train.recipe import Source
 from smolrun.train.rows import BadRow, files, look_up, read_rows
 
-VERSION = 2
+VERSION = 3
 RECORD = np.dtype([("end", "<i8"), ("bytes", "<i8"), ("digest", "<u8")])
 MANY = 256  # documents from one sign of progress to the next
 Progress = Callable[[str, int, int], object]  # stage, done, all
@@ -99,26 +99,31 @@ class Tokens:
 
 def tokens_of(path: Path, source: Source, vocabulary: Vocabulary, progress: Progress | None = None) -> Tokens:
     """A file's documents, from the cache, or put there."""
-    key = _key(path, source, vocabulary)
+    key = key_of(path, source, vocabulary.digest)
     folder = user_cache() / "tokens" / key
     if not folder.exists():
         _make(folder, path, source, vocabulary, progress)
-    documents = np.load(folder / "documents.npy")
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    size = int(documents["end"][-1]) if len(documents) else 0
-    kind = np.dtype(about["dtype"])
-    if (folder / "ids.bin").stat().st_size != size * kind.itemsize:
+    try:
+        documents = np.load(folder / "documents.npy")
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        size = int(documents["end"][-1]) if len(documents) else 0
+        kind = np.dtype(about["dtype"])
+        fits = (folder / "ids.bin").stat().st_size == size * kind.itemsize
+    except (ValueError, EOFError, FileNotFoundError, KeyError):
+        fits = False
+    if not fits:
         raise OptionError(f"{folder}: its files do not fit each other: delete it, it is made again")
     ids = np.memmap(folder / "ids.bin", kind, "r", shape=(size,)) if size else np.empty(0, kind)
     return Tokens(key, ids, documents, tuple(BadRow(str(path) + bad["where"], bad["problem"]) for bad in about["bad"]))
 
 
-def _key(path: Path, source: Source, vocabulary: Vocabulary) -> str:
+def key_of(path: Path, source: Source, *more: object) -> str:
+    """What tells the texts of a file from others: its content, how it is read, and more."""
     with open(path, "rb") as file:
         content = hashlib.sha256()
         while piece := file.read(1 << 20):
             content.update(piece)
-    facts = [VERSION, content.hexdigest(), "".join(path.suffixes), vocabulary.digest, source.field, source.separator]
+    facts = [VERSION, content.hexdigest(), "".join(path.suffixes), source.field, source.separator, *more]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -11,6 +11,7 @@ document is predicted by a head that has not seen it, which for ridge regression
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,8 @@ class Head:
         """
         if len(labels) < LEAST or not np.ptp(labels):
             raise OptionError(
-                f"{len(labels)} labelled documents with labels from {labels.min(initial=0):g} to "
-                f"{labels.max(initial=0):g}: {LEAST} or more, of different labels, expected"
+                f"{len(labels)} labelled documents with {len(np.unique(labels))} different labels: {LEAST} or more, of "
+                "different labels, expected"
             )
         mean, deviation, bias = features.mean(axis=0), features.std(axis=0) + 1e-9, float(labels.mean())
         u, s, vt = np.linalg.svd((features - mean) / deviation, full_matrices=False)
@@ -142,14 +143,15 @@ def keep_best(
         if isinstance(row, BadRow):
             raise OptionError(f"{row.where}: {row.problem}")
         text, value = look_up(row, field), row.value.get(label)
-        if isinstance(text, BadRow) or isinstance(value, bool) or not isinstance(value, (int, float)):
+        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        if isinstance(text, BadRow) or not abs(number) < math.inf:
             problem = text.problem if isinstance(text, BadRow) else f"{label} is {value!r}, a number expected"
             raise OptionError(f"{row.where}: {problem}")
         features.append(reader.features(text))
-        labels.append(float(value))
+        labels.append(float(number))
         if progress:
             progress("label", len(labels), len(known) + 1)
-    head = Head.fit(np.array(features).reshape(len(labels), -1), np.array(labels))
+    head = Head.fit(np.array(features), np.array(labels))
     bad, scores = list[BadRow](), list[float]()
     for text in _texts(source, field, bad):
         scores.append(float(head.score(reader.features(text)[None])[0]))

@@ -24,7 +24,7 @@ from smolrun.config import ModelConfig
 from smolrun.errors import ContextOverflow, OptionError
 from smolrun.export import float_tensor
 from smolrun.files.checkpoint import Checkpoint, expected_shapes
-from smolrun.kernels.block import HEAD_DIM, MATRICES, PAGE, PART, B, S
+from smolrun.kernels.block import HEAD_DIM, MATRICES, MAX_THREADS, PAGE, PART, B, S
 from smolrun.kernels.ops import COLUMN_STEP, TOKENS
 from smolrun.kernels.panels import BLOCK, ROWS
 from smolrun.model import rope
@@ -60,6 +60,10 @@ class Batch:
     def of(cls, documents: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None) -> Batch:
         """Of whole documents, two ids or more each; masks: which of their ids are to be learnt, all if None."""
         inputs, targets = [], []
+        if not documents:
+            raise OptionError("no documents: a batch has one or more")
+        if masks is not None and [len(mask) for mask in masks] != [len(document) for document in documents]:
+            raise OptionError("masks of other lengths than their documents")
         for i, document in enumerate(documents):
             ids = np.asarray(document, np.int64)
             if len(ids) < 2:
@@ -157,6 +161,12 @@ class Model:
         self.config, self.tokens, self.use_adapters = c, tokens, True
         if not 1 <= tokens <= 1 << 20:
             raise OptionError(f"tokens={tokens}: expected 1..1,048,576")
+        if context is not None and context < 1:
+            raise OptionError(f"context={context}: expected 1 or more")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise OptionError(f"threads={threads}: expected 1..{MAX_THREADS}")
+        if quantize is not None and lora is None:
+            raise OptionError(f"quantize={quantize!r}: weights that are trained are f32; with `lora` they are frozen")
         self.context = min(context or c.max_positions, tokens)
         shapes = expected_shapes(c)
         frozen = None

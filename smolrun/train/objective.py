@@ -35,6 +35,8 @@ def evaluate(model: Model, batches: Sequence[Batch]) -> float:
             model.forward(batch)
         total -= float(model.log_probs().sum(dtype=np.float64))
         count += int(batch.learnt.sum())
+    if not count:
+        raise OptionError("no position of these batches has a target: nothing to evaluate")
     return total / count
 
 
@@ -79,11 +81,13 @@ class DPO:
     def __call__(self, model: Model, batches: Sequence[Batch]) -> dict[str, float]:
         """Mean over all pairs; figures: reward margin (h), accuracy (h > 0), rewards of both sides."""
         count = sum(len(batch.lengths) // 2 for batch in batches)
+        if not count:
+            raise OptionError("no pairs: nothing to learn")
         rewards = []
         for batch in batches:
             rewards.append(self.rewards(model, batch))
             h, e = rewards[-1][0::2] - rewards[-1][1::2], self.label_smoothing
-            slope = (1 - e) / (1 + np.exp(h)) - e / (1 + np.exp(-h))  # -d loss / d h
+            slope = (1 - np.tanh(h / 2)) / 2 - e  # -d loss / d h = (1 - e) s(-h) - e s(h)
             weights = np.empty(len(batch.lengths))
             weights[0::2], weights[1::2] = slope, -slope
             model.backward(np.repeat(weights * self.beta / count, batch.lengths).astype(np.float32))

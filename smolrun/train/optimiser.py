@@ -34,7 +34,7 @@ class AdamW:
         eps: float = 1e-8,
         decay: float = 0.01,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas) or eps <= 0 or decay < 0:
+        if not all(0 <= beta < 1 for beta in betas) or not eps > 0 or not decay >= 0:
             raise OptionError(
                 f"betas={betas}, eps={eps}, decay={decay}: expected betas below 1, eps above 0, decay >= 0"
             )

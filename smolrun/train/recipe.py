@@ -50,12 +50,14 @@ class Run:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        positive(self, "run", "save_every", "evaluate_every", "keep_last")
+        positive(self, "run", "save_every", "evaluate_every", "keep_last", "threads")
+        if self.seed < 0:
+            raise OptionError(f"run.seed = {self.seed}: from 0 expected")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """[model]: `base`, a model to go on from, or the shape of a new one.
+    """[model]: `base`, a model to go on from, which has all else; or the shape of a new one.
 
     Attributes:
         base: anything that smolrun loads: a path, an alias, owner/repo.
@@ -76,14 +78,14 @@ class Shape:
     init_std: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads")}
-        given = [name for name, size in sizes.items() if size is not None]
+        sizes = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads")
+        given = [f.name for f in dataclasses.fields(self) if f.name != "base" and getattr(self, f.name) != f.default]
         if self.base is not None and given:
             raise OptionError(f"model: base and {', '.join(given)}: either a model to go on from or a shape, not both")
-        if self.base is None and len(given) < len(sizes):
-            missing = ", ".join(sizes.keys() - set(given))
+        missing = ", ".join(name for name in sizes if name not in given)
+        if self.base is None and missing:
             raise OptionError(f"model: {missing} missing: give the shape of a new model, or `base` to go on from one")
-        positive(self, "model", *given)
+        positive(self, "model", *sizes, "context", "init_std")
 
     def config(self, vocab_size: int, context: int) -> ModelConfig:
         """The new model."""
@@ -119,7 +121,7 @@ class Batching:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        positive(self, "batch", "tokens", "length", *(["pass_tokens"] if self.pass_tokens is not None else []))
+        positive(self, "batch", "tokens", "length", "pass_tokens")
 
     @property
     def at_a_time(self) -> int:
@@ -139,6 +141,8 @@ class Optimiser:
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
             raise OptionError(f"optimiser: betas = {list(self.betas)}: two expected")
+        if self.clip < 0:
+            raise OptionError(f"optimiser.clip = {self.clip}: from 0 expected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,18 +150,22 @@ class Schedule:
     """[schedule]: the learning rate. warmup and decay: steps, or below 1 a share of all steps.
 
     Attributes:
+        decay: of wsd; not given: 0.2.
         floor: of a cosine, as a share of the peak.
     """
 
     peak: float
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup: float = 0.02
-    decay: float = 0.2
+    decay: float | None = None
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.peak <= 0 or self.warmup < 0 or self.decay < 0:
-            raise OptionError("schedule: peak above 0, warmup and decay from 0 expected")
+        if self.peak <= 0 or self.warmup < 0 or (self.decay or 0) < 0 or not 0 <= self.floor <= 1:
+            raise OptionError("schedule: peak above 0, warmup and decay from 0, floor from 0 to 1 expected")
+        for name, kind in (("decay", "wsd"), ("floor", "cosine")):
+            if getattr(self, name) and self.kind != kind:
+                raise OptionError(f"schedule.{name}: kind = {self.kind!r} has none, {kind!r} has")
 
     def of(self, steps: int) -> Rate:
         """The function of the step."""
@@ -166,7 +174,8 @@ class Schedule:
             return round(value * steps) if value < 1 else round(value)
 
         if self.kind == "wsd":
-            return wsd(self.peak, steps, warmup=count(self.warmup), decay=count(self.decay))
+            decay = 0.2 if self.decay is None else self.decay
+            return wsd(self.peak, steps, warmup=count(self.warmup), decay=count(decay))
         if self.kind == "cosine":
             return cosine(self.peak, steps, warmup=count(self.warmup), floor=self.floor)
         return constant(self.peak, warmup=count(self.warmup))
@@ -242,7 +251,9 @@ class Stage:
     rope_theta: float | None = None
 
     def __post_init__(self) -> None:
-        positive(self, "stages", "tokens")
+        positive(self, "stages", "tokens", "length")
+        if self.rope_theta is not None and not 1 < self.rope_theta < 1e12:
+            raise OptionError(f"stages.rope_theta = {self.rope_theta:g}: a number from 1 to 1e12 expected")
         if any(weight < 0 for weight in self.mixture.values()) or (self.mixture and not sum(self.mixture.values())):
             raise OptionError(f"stages: mixture = {self.mixture}: weights from 0 expected, not all 0")
 
@@ -260,6 +271,10 @@ class Reweight:
     targets: dict[str, float] = field(default_factory=dict)
     most: float = 2.0
 
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise OptionError(f"reweight.most = {self.most:g}: a factor from 1 expected")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Recipe):
@@ -275,6 +290,7 @@ class Pretrain(Recipe):
     def __post_init__(self) -> None:
         if not self.stages or not self.sources:
             raise OptionError("at least one [[stages]] and one [sources.NAME] expected")
+        positive(self, "pretrain", "evaluate_tokens")
         for i, stage in enumerate(self.stages):
             known(f"stages[{i}].mixture", stage.mixture, self.sources)
         if self.reweight is not None:
@@ -321,7 +337,7 @@ class Examples:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1 or not 0 <= self.bad_rows <= 1:
             raise OptionError("data: held_out and bad_rows are shares, from 0 to 1")
-        positive(self, "data", *(["prompt_length"] if self.prompt_length is not None else []))
+        positive(self, "data", "prompt_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +376,7 @@ class Tune(Recipe):
     dtype: Literal["f32", "f16", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
-        positive(self, self.task, "epochs", "rows", *(["patience"] if self.patience is not None else []))
+        positive(self, self.task, "epochs", "rows", "patience")
         if self.model.base is None:
             raise OptionError("model.base is missing: the model to fine-tune")
         if self.batch.length > self.batch.at_a_time:
@@ -448,12 +464,18 @@ def _change(table: dict[str, Any], key: str, text: str) -> None:
     *outer, last = key.split(".")
     place: Any = table
     for part in outer:
-        place = place[int(part)] if isinstance(place, list) and part.isdigit() else place.setdefault(part, {})
+        place = _item(place, part, key) if isinstance(place, list) else place.setdefault(part, {})
         if not isinstance(place, (dict, list)):
             raise OptionError(f"{key}: {part} is no table")
     if isinstance(place, list):
-        raise OptionError(f"{key}: a number is missing, as in stages.0.tokens")
+        raise OptionError(f"{key}: a number and a name are missing, as in stages.0.tokens")
     place[last] = value
+
+
+def _item(items: list[Any], number: str, key: str) -> Any:
+    if not (number.isdigit() and int(number) < len(items)):
+        raise OptionError(f"{key}: {number!r}: one of 0 to {len(items) - 1} expected")
+    return items[int(number)]
 
 
 def build(kind: type[T], table: Mapping[str, Any], where: str = "") -> T:
@@ -486,10 +508,11 @@ def known(where: str, given: typing.Iterable[str], names: typing.Iterable[str]) 
 
 
 def positive(part: Any, where: str, *names: str) -> None:
-    """Raises OptionError for a number that is not above 0."""
+    """Raises OptionError for a number that is given and not above 0."""
     for name in names:
-        if getattr(part, name) <= 0:
-            raise OptionError(f"{where}.{name} = {getattr(part, name)}: more than 0 expected")
+        value = getattr(part, name)
+        if value is not None and value <= 0:
+            raise OptionError(f"{where}.{name} = {value}: more than 0 expected")
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -507,11 +530,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return build(typing.cast(type, hint), value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = number and abs(value) <= sys.float_info.max  # neither inf nor nan
     if hint is int and number and value == int(value):
         return int(value)  # 2e12 is a float to TOML
     if hint is float and number:
         return float(value)
-    if hint is Path and isinstance(value, str):
+    if hint is Path and value and isinstance(value, str):
         return Path(_expanded(value, where))
     if hint in (str, bool) and isinstance(value, hint):
         return _expanded(value, where) if hint is str else value

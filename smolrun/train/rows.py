@@ -14,6 +14,7 @@ import glob
 import gzip
 import importlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from smolrun.errors import OptionError
 
 TEXT, LINES, JSON, PARQUET, ARROW = (".txt", ".text"), (".jsonl", ".ndjson"), (".json",), (".parquet",), (".arrow",)
 KINDS = (*TEXT, *LINES, *JSON, *PARQUET, *ARROW)
-PIECE = 1 << 20  # characters of a text file that are looked through at a time
+PIECE = 1 << 20  # bytes of a text file that are looked through at a time
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)  # what a damaged .gz raises
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,17 @@ def files(path: str) -> list[Path]:
     Raises:
         OptionError: nothing there, or nothing that is read.
     """
+    if not path:
+        raise OptionError("a path of data is empty")
     place = Path(path).expanduser()
     if place.is_dir():
         if (splits := place / "dataset_dict.json").is_file():
-            names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+            names = _saved(splits, "splits", str)
             raise OptionError(f"{path}: a data set with the splits {', '.join(names)}: name one, {place / names[0]}")
         if (state := place / "state.json").is_file() and (place / "dataset_info.json").is_file():
-            return [place / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-        found = [p for p in sorted(place.rglob("*")) if p.is_file() and not p.name.startswith(".") and kind(p) in KINDS]
+            return [place / str(part.get("filename")) for part in _saved(state, "_data_files", dict)]
+        found = [p for p in sorted(place.rglob("*")) if p.is_file() and kind(p) in KINDS]
+        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(place).parts)]
     else:
         found = [place] if place.is_file() else sorted(map(Path, glob.glob(str(place), recursive=True)))
         for file in found:
@@ -64,6 +69,17 @@ def files(path: str) -> list[Path]:
     if not found:
         raise OptionError(f"{path}: no data files there ({' '.join(KINDS)}, also as .gz)")
     return found
+
+
+def _saved(file: Path, key: str, kind: type) -> list[Any]:
+    """A list in a file of `datasets`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))[key]
+        if found and isinstance(found, list) and all(isinstance(item, kind) for item in found):
+            return found
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise OptionError(f"{file}: no {key} in it, as `datasets` writes them: save the data set again")
 
 
 def kind(path: Path) -> str:
@@ -78,14 +94,17 @@ def read_rows(path: Path, separator: str = "<|endoftext|>") -> Iterator[Row | Ba
         OptionError: columns, and no library to read them.
     """
     ending = kind(path)
-    if ending in TEXT:
-        yield from _texts(path, separator)
-    elif ending in LINES:
-        yield from _lines(path)
-    elif ending in JSON:
-        yield from _list(path)
-    else:
-        yield from _columns(path, ending)
+    try:
+        if ending in TEXT:
+            yield from _texts(path, separator)
+        elif ending in LINES:
+            yield from _lines(path)
+        elif ending in JSON:
+            yield from _list(path)
+        else:
+            yield from _columns(path, ending)
+    except BROKEN as error:
+        yield BadRow(f"{path}", f"unreadable from a point on: {error}")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -94,27 +113,28 @@ def _open(path: Path) -> IO[bytes]:
 
 def _texts(path: Path, separator: str) -> Iterator[Row | BadRow]:
     """Line ends around a separator belong to it."""
-    parts, first, mark = list[bytes](), 1, separator.encode()
+    mark, data, seen, line = separator.encode(), bytearray(), 0, 1
+
+    def text(part: bytearray) -> Iterator[Row | BadRow]:
+        first = line + part.count(b"\n", 0, len(part) - len(part.lstrip(b"\r\n")))
+        try:
+            yield Row(f"{path}:{first}", {"text": part.decode("utf-8").strip("\r\n")})
+        except UnicodeDecodeError as error:
+            place = line + part.count(b"\n", 0, error.start)
+            yield BadRow(f"{path}:{place}", f"not UTF-8: byte {part[error.start]:#04x}")
+
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            *ended, rest = line.split(mark) if mark else [line]
-            for part in ended:
-                yield from _text(path, first, b"".join([*parts, part]))
-                parts, first = [], number
-            if ended and not rest.strip():
-                first = number + 1
-            else:
-                parts.append(rest)
-    if b"".join(parts).strip():
-        yield from _text(path, first, b"".join(parts))
-
-
-def _text(path: Path, line: int, data: bytes) -> Iterator[Row | BadRow]:
-    try:
-        yield Row(f"{path}:{line}", {"text": data.decode("utf-8").strip("\r\n")})
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        yield BadRow(f"{path}:{line}", f"not UTF-8: byte {data[error.start]:#04x}")
+        while piece := file.read(PIECE):
+            data += piece
+            begin = 0
+            while mark and (end := data.find(mark, max(begin, seen))) >= 0:
+                yield from text(data[begin:end])
+                line += data.count(b"\n", begin, end + len(mark))
+                begin = end + len(mark)
+            del data[:begin]
+            seen = max(0, len(data) - len(mark))  # a mark may have begun
+    if data.strip():
+        yield from text(data)
 
 
 def _lines(path: Path) -> Iterator[Row | BadRow]:

@@ -86,6 +86,7 @@ class Loop:
     keep_last: int = 2
     listen: Callable[[Facts], object] = lambda facts: None
     stop: Callable[[], bool] = lambda: False
+    _reason: str = ""  # why the run that is gone on from had ended
 
     def run(self) -> bool:
         """All steps that are left; False if it was stopped before the last.
@@ -98,7 +99,7 @@ class Loop:
 
     def _steps(self, log: Log) -> bool:
         optimiser, first, began = self.trainer.optimiser, self.trainer.optimiser.steps, time.perf_counter()
-        reason, tokens = "", 0
+        tokens, reason = 0, self._reason
         while optimiser.steps < self.feed.steps and not reason:
             step = self.trainer.step(self.feed.next())
             tokens += step.tokens
@@ -117,7 +118,7 @@ class Loop:
                 reason = figures.get("stop", "")
             stopped = self.stop()
             if last or stopped or reason or step.number % self.save_every == 0:
-                self.listen({"kind": "checkpoint", "step": step.number, "path": str(self.save(log))})
+                self.listen({"kind": "checkpoint", "step": step.number, "path": str(self.save(log, reason))})
             if stopped and not last:
                 return False
         return True
@@ -156,11 +157,12 @@ class Loop:
             raise OptionError(damaged % error) from error
         self.trainer.restore(arrays)
         self.feed.restore(state["feed"])
+        self._reason = state.get("stop", "")
         self.listen({"kind": "resume", "step": self.trainer.optimiser.steps, "path": str(folder)})
         return int(state["log_bytes"])
 
-    def save(self, log: Log) -> Path:
-        """A checkpoint of this moment; older ones than the last few go."""
+    def save(self, log: Log, stop: str = "") -> Path:
+        """A checkpoint of this moment; older ones than the last few go. stop: why the run ends here."""
         folder = self.out / "checkpoints" / f"step-{self.trainer.optimiser.steps:08}"
         if folder.exists():
             return folder
@@ -171,7 +173,7 @@ class Loop:
                 np.save(file, values)
                 file.flush()
                 os.fsync(file.fileno())
-        state = {"identity": self.identity, "feed": self.feed.state(), "log_bytes": log.sync()}
+        state = {"identity": self.identity, "feed": self.feed.state(), "log_bytes": log.sync(), "stop": stop}
         with whole(part / "state.json") as file:
             file.write(json.dumps(state, indent=1).encode())
         os.rename(part, folder)
@@ -187,9 +189,9 @@ class Log:
     """JSON lines, each on its way to the disk as soon as it is written."""
 
     def __init__(self, path: Path, keep: int) -> None:
-        """keep: so many bytes of what is there."""
+        """keep: so many bytes of what is there, if it is."""
         self._file = open(path, "ab")  # noqa: SIM115, closed by close
-        self._file.truncate(keep)
+        self._file.truncate(min(keep, self._file.seek(0, os.SEEK_END)))
 
     def write(self, line: Facts) -> None:
         """Add a line; numbers that are none become null."""

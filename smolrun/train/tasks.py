@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +24,23 @@ from smolrun.export import write_folder
 from smolrun.files.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from smolrun.files.peft import read_adapter, write_adapter
 from smolrun.files.sources import resolve
+from smolrun.files.whole import whole
 from smolrun.kernels.block import HEAD_DIM, PAGE
 from smolrun.kernels.panels import ROWS
 from smolrun.model import machine, memory, weights
+from smolrun.session import model_digest
 from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
 from smolrun.train import plot
 from smolrun.train.adapters import LoRA
-from smolrun.train.data import Corpus, Progress, Vocabulary, read_tokenizer, texts
+from smolrun.train.data import Corpus, Progress, Vocabulary, key_of, read_tokenizer, texts
 from smolrun.train.examples import Encoder, examine
 from smolrun.train.model import Model, buffer_sizes
 from smolrun.train.objective import DPO
 from smolrun.train.optimiser import AdamW
 from smolrun.train.pretrain import Feed as Documents
 from smolrun.train.recipe import Dpo, Pretrain, Recipe, Sft, Tune, read_recipe
-from smolrun.train.rows import BadRow
+from smolrun.train.rows import BadRow, files
 from smolrun.train.run import Facts, Feed, Loop, discard, identity_of
 from smolrun.train.trainer import Trainer
 from smolrun.train.tune import Feed as Tuned
@@ -195,7 +198,21 @@ def open_base(recipe: Recipe, opened: ExitStack) -> Checkpoint | None:
     """The model to go on from, if the recipe names one."""
     if recipe.model.base is None:
         return None
-    return opened.enter_context(open_checkpoint(resolve(recipe.model.base)))
+    path = resolve(recipe.model.base)
+    if getattr(recipe, "lora", None) is None:
+        _not_the_result(recipe, "model.base", path, "model")
+    return opened.enter_context(open_checkpoint(path))
+
+
+def _not_the_result(recipe: Recipe, key: str, path: Path, name: str) -> None:
+    result = recipe.run.out / name
+    if path.exists() and result.exists() and path.samefile(result):
+        raise OptionError(f"{key} = {path}: the result would be written there: take another run.out")
+
+
+def _digest(base: Checkpoint) -> str:
+    """Of all its weights: adapters, and preferences, are worth nothing beside others."""
+    return model_digest(base, quantize=None, kv="f32", precision="f32").hex()[:16]
 
 
 def _compiling(progress: Progress | None) -> Callable[[int, int], None] | None:
@@ -281,7 +298,7 @@ def _pretrain(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress
     def export(target: Path) -> None:
         write_folder(model.checkpoint(described), target, "f32")
 
-    data = {name: corpus.digest for name, corpus in corpora.items()}
+    data = {name: corpus.digest for name, corpus in corpora.items()} | ({"model.base": _digest(base)} if base else {})
     return Plan(recipe, trainer_of(recipe, model, feed.steps), feed, tokens, needed, export, facts, warnings, data)
 
 
@@ -293,12 +310,18 @@ def _tokenizer(recipe: Pretrain, progress: Progress | None) -> Path | None:
         return resolve(recipe.tokenizer.path)
     assert recipe.tokenizer.vocab_size is not None
     folder = recipe.run.out / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
+    sources = recipe.sources.values()
+    wanted: list[Any] = [key_of(path, source, source.held_out) for source in sources for path in files(source.path)]
+    wanted.append(recipe.tokenizer.vocab_size)
+    made_of = folder / "made_of.json"  # another size or other texts: another tokenizer
+    if not made_of.exists() or json.loads(made_of.read_bytes()) != wanted:
         if progress:
             progress("vocabulary", 0, 1)
         bad = list[BadRow]()  # the corpora report them
-        every = (text for source in recipe.sources.values() for text in texts(source, bad))
+        every = (text for source in sources for text in texts(source, bad))
         train_vocabulary(every, recipe.tokenizer.vocab_size, folder)
+        with whole(made_of) as file:
+            file.write(json.dumps(wanted).encode())
         if progress:
             progress("vocabulary", 1, 1)
     return folder
@@ -321,8 +344,9 @@ def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | N
     if table is not None:
         lora = LoRA(table.rank, table.alpha, table.dropout, table.targets, recipe.run.seed)
         if table.start is not None:
+            _not_the_result(recipe, "lora.start", Path(table.start), "adapter")
             start = read_adapter(table.start, c)
-            lora = dataclasses.replace(LoRA.of(start, recipe.run.seed), dropout=table.dropout)
+            lora = dataclasses.replace(LoRA.of(start, c.n_layers, recipe.run.seed), dropout=table.dropout)
     quantize = table.quantize if table else None
     frozen = sum(m.bytes for m in weights.plan(base, quantize).values()) if lora else 0
     group = max(sum(len(e.ids) - 1 for e in group) for group in [*found.learnt, *found.held])
@@ -375,7 +399,7 @@ def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | N
 
     seen = recipe.epochs * found.tokens
     result = "model" if lora is None else "adapter"
-    data = {"data": found.digest}
+    data = {"data": found.digest, "model.base": _digest(base)} | ({"lora.start": start.digest.hex()} if start else {})
     return Plan(recipe, trainer, feed, seen, needed, export, facts, warnings, data, result)
 
 
