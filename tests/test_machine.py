@@ -71,6 +71,53 @@ Pages speculative:                         1000.
     assert vm_stat("") is None
 
 
+HOSTILE = (
+    "",
+    "\0",
+    "x",
+    "-",
+    "0-",
+    "-5",
+    "0-99999999999",
+    "9" * 5000,
+    "\u00b2",
+    "0-\u00b2",
+    "a",
+    "::",
+    "9:x",
+    "-1 0",
+    "max",
+    "nan",
+)
+FILES = {  # everything that is read, and the beginning of a line where lines have names
+    **{f"proc/{name}": "" for name in ("self/cgroup", "device-tree/model")},
+    "proc/cpuinfo": "CPU part\t: ", "proc/meminfo": "MemAvailable: ", "proc/self/status": "Cpus_allowed_list:\t",
+    **{f"sys/fs/cgroup/{name}": "" for name in ("cpu.max", "memory.max", "memory.current")},
+    "sys/fs/cgroup/memory.stat": "active_file ", f"{CPU}/online": "", "sys/devices/cpu_core/cpus": "",
+    f"{CPU}/cpu0/cpu_capacity": "", f"{CPU}/cpu0/cpufreq/scaling_cur_freq": "",
+    f"{CPU}/cpu0/topology/thread_siblings_list": "",
+    "sys/class/thermal/thermal_zone0/temp": "", "sys/class/powercap/intel-rapl:0/energy_uj": "",
+    "sys/class/power_supply/BAT0/power_now": "",
+}  # fmt: skip
+SOUND = {
+    "proc/self/cgroup": "0::/",
+    "sys/class/thermal/thermal_zone0/type": "cpu",
+    "sys/class/powercap/intel-rapl:0/name": "package-0",
+    "sys/class/power_supply/BAT0/type": "Battery",
+    "sys/class/power_supply/BAT0/status": "Discharging",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_with_anything_in_them(name: str, tmp_path: Path) -> None:
+    """What is no number is not known: no error, no guess, and never less than a thread."""
+    for text in HOSTILE:
+        for head in {"", FILES[name]}:
+            here = tree(tmp_path, SOUND | {name: head + text})
+            here.describe(), here.available(), here.temperature(), here.frequency(), here.joules(), here.watts()
+            assert here.cpus() and here.threads().count >= 1, (head, text)
+
+
 # ---- cores -----------------------------------------------------------------------------------------------------------
 
 

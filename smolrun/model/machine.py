@@ -67,12 +67,11 @@ class Machine:
         """A file's text without the last line end; "" where there is none, or none for us."""
         try:
             return (self.root / path).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
+        except (OSError, ValueError):  # a path with a zero byte in it
             return ""
 
     def _number(self, path: str) -> int | None:
-        text = self.read(path)
-        return int(text) if re.fullmatch(r"-?\d+", text) else None
+        return _whole(self.read(path))
 
     def _field(self, path: str, name: str) -> str:
         """The value of a line `name: value` or `name value`; "" without one."""
@@ -85,8 +84,7 @@ class Machine:
         Version 2 has one tree, version 1 one for each controller. A container sees its own group as the top, whatever
         path /proc names.
         """
-        for line in self.read("proc/self/cgroup").splitlines():
-            _, names, path = line.split(":", 2)
+        for names, path in re.findall(r"^[0-9]+:([^:\n]*):(.*)$", self.read("proc/self/cgroup"), re.MULTILINE):
             if names and controller not in names.split(","):
                 continue
             top = "sys/fs/cgroup" + (
@@ -105,7 +103,9 @@ class Machine:
         text = self.read("proc/cpuinfo")
         names = list(dict.fromkeys(re.findall(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)))
         if not names:
-            parts = dict.fromkeys(int(part, 16) for part in re.findall(r"^CPU part\s*:\s*(\w+)$", text, re.MULTILINE))
+            parts = dict.fromkeys(
+                int(part, 16) for part in re.findall(r"^CPU part\s*:\s*(0x[0-9a-fA-F]{1,8})$", text, re.MULTILINE)
+            )
             names = [PARTS.get(part, f"ARM part {part:#x}") for part in parts]
         return " + ".join(names)
 
@@ -121,9 +121,9 @@ class Machine:
         return min(self._rooms(), key=lambda room: room.bytes, default=None)
 
     def _rooms(self) -> Iterator[Room]:
-        free = self._field("proc/meminfo", "MemAvailable").split(" ")[0]
-        if free.isdigit():
-            yield Room(1024 * int(free), "MemAvailable in /proc/meminfo")
+        free = _whole(self._field("proc/meminfo", "MemAvailable").split(" ")[0])
+        if free is not None:
+            yield Room(1024 * free, "MemAvailable in /proc/meminfo")
         elif self.root == Path("/") and (other := _elsewhere()):
             yield other
         for folder in self._groups("memory"):
@@ -134,9 +134,10 @@ class Machine:
                 most, now = self._number(f"{folder}/{limit}"), self._number(f"{folder}/{used}")
                 if most is not None and now is not None:  # "max" is no number
                     kept = [
-                        self._field(f"{folder}/memory.stat", f"{file}{kind}_file") for kind in ("active", "inactive")
+                        _whole(self._field(f"{folder}/memory.stat", f"{file}{kind}_file"))
+                        for kind in ("active", "inactive")
                     ]
-                    cache = sum(int(count) for count in kept if count.isdigit())  # the first that is taken back
+                    cache = sum(filter(None, kept))  # the first that is taken back
                     yield Room(max(most - max(now - cache, 0), 0), f"the limit of {most:,} bytes in /{folder}/{limit}")
 
     # ---- cores -------------------------------------------------------------------------------------------------------
@@ -153,8 +154,8 @@ class Machine:
             folder = f"sys/devices/system/cpu/cpu{n}"
             capacity = self._number(f"{folder}/cpu_capacity")
             speed = self._number(f"{folder}/cpufreq/cpuinfo_max_freq") if capacity is None else capacity
-            core = self.read(f"{folder}/topology/thread_siblings_list") or str(n)
-            found.append(Cpu(n, core, speed or 0, capacity is not None))
+            core = self.read(f"{folder}/topology/thread_siblings_list")
+            found.append(Cpu(n, core if n in _numbers(core) else str(n), max(speed or 0, 0), capacity is not None))
         return found
 
     def threads(self) -> Threads:
@@ -193,8 +194,9 @@ class Machine:
             quota, _, period = self.read(f"{folder}/cpu.max").partition(" ")
             if not quota:
                 quota, period = self.read(f"{folder}/cpu.cfs_quota_us"), self.read(f"{folder}/cpu.cfs_period_us")
-            if quota.isdigit() and period.isdigit() and int(period):  # else "max" or -1
-                found.append(int(quota) / int(period))
+            most, each = _whole(quota), _whole(period)
+            if most is not None and most >= 0 and each:  # else "max" or -1
+                found.append(most / each)
         return min(found, default=None)
 
     # ---- heat and energy ---------------------------------------------------------------------------------------------
@@ -252,14 +254,15 @@ def available_cores() -> int:
     return HERE.threads().count
 
 
+def _whole(text: str) -> int | None:
+    """A whole number below 10^19, as kernels write it; None for any other text."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else None
+
+
 def _numbers(text: str) -> set[int]:
-    """The set that Linux writes as "0-3,6"."""
-    found: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        if first.strip().isdigit():
-            found |= set(range(int(first), int(last or first) + 1))
-    return found
+    """The set that Linux writes as "0-3,6"; no CPU has a number of more than five digits."""
+    parts = (re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part) for part in text.split(","))
+    return {n for part in parts if part for n in range(int(part[1]), int(part[2] or part[1]) + 1)}
 
 
 def _elsewhere() -> Room | None:
