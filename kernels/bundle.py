@@ -1,6 +1,6 @@
 """A bundle: smolrun with one model in a folder, for a device that has Python and NumPy and nothing else.
 
-    app/  __main__.py              python -m app chat
+    app/  __main__.py              python app chat, or beside it python -m app chat
           bundle.json              version, target, model, sizes and SHA-256 of all other files
           libsmolrun-TIER.so       the kernels, compiled ahead, once for each tier (link.py)
           model.pack               the weights, mapped where they lie, and the tokenizer (smolrun/files/packed.py)
@@ -46,15 +46,19 @@ def manifest(place: Path) -> dict[str, Any]:
     """
     try:
         facts: dict[str, Any] = json.loads((place / MANIFEST).read_bytes())
-        version, files = facts["smolrun_bundle"], facts["files"]
-    except (OSError, ValueError, KeyError) as error:
+        if (version := facts["smolrun_bundle"]) != VERSION:
+            raise BundleError(f"{place} is a bundle of version {version}, this code runs {VERSION}: {AGAIN}")
+        sizes, hashes = ({name: entry[i] for name, entry in facts["files"].items()} for i in range(2))
+        libraries = facts["tiers"].values()
+        texts = [facts["smolrun"], facts["target"], facts["model"], *facts["kv"], *libraries, *hashes.values()]
+        if not all(isinstance(text, str) for text in texts) or not sizes.keys() >= {*libraries}:
+            raise ValueError("not as `smolrun compile` writes it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{place / MANIFEST} cannot be read ({error!r}): {AGAIN}") from None
-    if version != VERSION:
-        raise BundleError(f"{place} is a bundle of version {version}, this code runs {VERSION}: {AGAIN}")
-    for name, (size, _) in files.items():
+    for name, size in sizes.items():
         found = (place / name).stat().st_size if (place / name).is_file() else None
         if found != size:
-            state = "is missing" if found is None else f"has {found:,} bytes, {size:,} expected"
+            state = "is missing" if found is None else f"has {found:,} bytes, {size} expected"
             raise BundleError(f"{place / name} {state}: {AGAIN}")
     return facts
 
@@ -69,8 +73,9 @@ def library(place: Path, tier: str) -> ctypes.CDLL:
     facts = manifest(place)
     if tier not in facts["tiers"]:
         raise BundleError(f"{place} has no kernels for tier {tier}, only for {', '.join(facts['tiers'])}")
-    path = place / facts["tiers"][tier]
-    if hashlib.sha256(path.read_bytes()).hexdigest() != facts["files"][path.name][1]:
+    name = facts["tiers"][tier]
+    path = place / name
+    if hashlib.sha256(path.read_bytes()).hexdigest() != facts["files"][name][1]:
         raise BundleError(f"{path} is damaged: {AGAIN}")
     try:
         return ctypes.CDLL(str(path))

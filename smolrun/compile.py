@@ -44,7 +44,7 @@ from smolrun.text.tokenizer import Tokenizer, tables
 VERBS = ("chat", "generate", "batch", "info", "bench", "doctor")  # those that exist and that need no library
 VENDORED = ("jinja2", "markupsafe", "click")
 KV = ("f16", "q8_0")
-PROBES = ("peak_int8", "peak_f32", *(f"read_{n}" for n in (1, 2, 4, 8)))  # `bench` measures the device with them
+PROBES = tuple(f"read_{n}" for n in (1, 2, 4, 8))  # `bench` measures the device with them
 LEAST_PYTHON = (3, 10)
 
 # What `--cpu` names: the best tier that it runs
@@ -62,8 +62,9 @@ CPUS = {
     **dict.fromkeys(("neoverse-v1", "neoverse-n2", "neoverse-v2", "apple-m2", "apple-m3", "apple-m4"), "i8mm"),
 }
 
+# Nothing of the checkpoint may be in it: a model's name is its author's text, and this is code
 MAIN = '''\
-"""{model} on {target}, by smolrun {version}: python -m {name} chat."""
+"""A bundle of smolrun: `python FOLDER chat` runs the model in this folder. bundle.json says which one it is."""
 
 import importlib.util
 import sys
@@ -166,8 +167,7 @@ def compile_model(
                 _write_for_c(part, checkpoint, matrices, where, kv)
         version = importlib.metadata.version("smolrun")
         _write_runtime(part)
-        facts = {"model": model, "target": target, "version": version, "name": out.name, "least": LEAST_PYTHON}
-        (part / "__main__.py").write_text(MAIN.format(**facts), encoding="utf-8")
+        (part / "__main__.py").write_text(MAIN.format(least=LEAST_PYTHON), encoding="utf-8")
         manifest = {
             "smolrun_bundle": bundle.VERSION,
             "smolrun": version,

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import smolrun
 from smolrun import Sampling
 from smolrun.cli.compile import command
-from smolrun.compile import CPUS, Bundle, choose_tiers, compile_model, modules
+from smolrun.compile import CPUS, PROBES, Bundle, choose_tiers, compile_model, modules
 from smolrun.errors import KernelError, OptionError, SmolrunError, UnsupportedModel
 from smolrun.files.packed import HEAD
 from smolrun.kernels import link
@@ -78,6 +78,7 @@ def test_without_a_linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_systems_link_and_need_nothing(name: str, tmp_path: Path) -> None:
     """COFF, Mach-O and ELF; never run here. The linker refuses what is undefined; the objects are asked as well."""
     target, names = link.TARGETS[name], ["classify", "team_run", "worker_loop", "row_Q8_0", "matmul_Q4_0_int8x2"]
+    names += PROBES
     objects = link.compile_objects(target.tiers[-1 if target.machine == "aarch64" else 0], names, target)
     assert {undefined(code) for code in objects.values()} == {()}
     out = tmp_path / f"libone{target.suffix}"
@@ -317,6 +318,9 @@ def test_a_folder_that_was_moved(app: Path, device: Path, tmp_path: Path) -> Non
         ("model.pack", "cut", "bytes, .* expected: compile the bundle again"),
         ("vendor/click/core.py", "cut", "bytes, .* expected: compile the bundle again"),
         ("bundle.json", "cut", "cannot be read"),
+        ("bundle.json", "list", "cannot be read"),
+        ("bundle.json", "files", "cannot be read"),
+        ("bundle.json", "library", "cannot be read"),
         ("bundle.json", "version", "a bundle of version 9, this code runs 1"),
         ("bundle.json", "target", "no kernels for this CPU .* was compiled for aarch64-linux-gnu, tiers neon"),
     ],
@@ -330,8 +334,14 @@ def test_what_is_damaged_is_refused(
     content = bytearray(path.read_bytes())
     if damage in ("flip", "tables", "head"):
         content[{"flip": -100, "tables": HEAD, "head": 100}[damage]] ^= 1
-    elif damage in ("version", "target"):
-        new = {"version": {"smolrun_bundle": 9}, "target": {"target": "aarch64-linux-gnu", "tiers": {"neon": ""}}}
+    elif path.name == "bundle.json" and damage != "cut":
+        new = {
+            "list": {"kv": 3},
+            "files": {"files": {path.name: 3}},
+            "library": {"tiers": {HERE[0]: "../libm.so"}},
+            "version": {"smolrun_bundle": 9},
+            "target": {"target": "aarch64-linux-gnu", "tiers": {"neon": f"libsmolrun-{HERE[0]}.so"}},
+        }
         content = json.dumps(json.loads(content) | new[damage]).encode()
     path.write_bytes(content[:-7] if damage == "cut" else content)
     if damage == "gone":
@@ -380,6 +390,17 @@ def test_a_packed_model_of_another_version(app: Path, tmp_path: Path) -> None:
         (tmp_path / "model.pack").write_bytes(head.ljust(HEAD, b"\0") + start[HEAD:])
         with pytest.raises(UnsupportedModel, match=words):
             smolrun.load(tmp_path / "model.pack")
+
+
+def test_names_are_no_code(tiny: Tiny, device: Path, tmp_path: Path) -> None:
+    """A model's name is its author's text, a folder's may be any: neither becomes Python, and `python FOLDER` runs."""
+    source = tmp_path / 'x"""; boom(); """\\N'
+    shutil.copytree(tiny.folder, source)
+    out = tmp_path / 'my \u00fc.app """\\N; boom() """'
+    compile_model(source, out, target=NATIVE.name, cpus=HERE[:1], kv=["f16"], quantize="q4_0")
+    command = [sys.executable, "-S", "-s", "-B", str(out), "info", "--json"]
+    done = subprocess.run(command, cwd="/", env={"PYTHONPATH": str(device)}, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["name"] == source.name, done.stderr
 
 
 def test_where_a_bundle_goes(tiny: Tiny, app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -40,7 +41,7 @@ def command(
 ) -> None:
     """Make a folder that runs MODEL on a device with Python and NumPy alone.
 
-    There: `python -m FOLDER chat`. Kernels are compiled here, for each kind of CPU that the device may have.
+    There: `python FOLDER chat`. Kernels are compiled here, for each kind of CPU that the device may have.
     """
     from smolrun.compile import KV, compile_model
     from smolrun.kernels.link import C_IS_FOR
@@ -53,4 +54,4 @@ def command(
     click.echo(f"{output}: {size(made.bytes)}, for {target} ({', '.join(made.tiers)})")
     if not made.c:
         click.echo(f"without the C interface: {C_IS_FOR}")
-    click.echo(f"copy the folder to the device and run: python3 -m {output.name} chat")
+    click.echo(f"copy the folder to the device and run: python3 {shlex.quote(made.path.name)} chat")
