@@ -31,7 +31,7 @@ from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.generate.engine import CachedSequence, Model, passes
 from smolrun.kernels import load, target
-from smolrun.kernels.block import PAGE
+from smolrun.kernels.block import MAX_THREADS, PAGE
 from smolrun.kernels.panels import ROWS
 from smolrun.model.llama import Llama
 from smolrun.model.machine import HERE, available_cores
@@ -230,8 +230,8 @@ def run(
     """
     kinds = [("pp", n, 1) for n in prompt_sizes] + [("tg", n, batch) for n in decode_sizes for batch in batches]
     tests = [Case(kind, n, depth, batch) for depth in depths for kind, n, batch in kinds]
-    _check(path, tests, repeats, compare)
     teams = list(dict.fromkeys(threads or (1, available_cores())))
+    _check(path, tests, teams, repeats, compare)
     context = max(CHECK_TOKENS, *(test.size + test.depth for test in tests))
     shared = [test.batch * -(-(test.size + test.depth) // PAGE) * PAGE for test in tests if test.batch > 1]
     options: dict[str, Any] = {"quantize": quantize, "kv": kv, "precision": precision, "force": force}
@@ -275,7 +275,7 @@ def run(
         )
 
 
-def _check(path: Path, tests: Sequence[Case], repeats: int, compare: str | None) -> None:
+def _check(path: Path, tests: Sequence[Case], teams: Sequence[int], repeats: int, compare: str | None) -> None:
     if not tests:
         raise OptionError("nothing to measure: give prompt sizes or decode sizes")
     for test in tests:
@@ -283,6 +283,8 @@ def _check(path: Path, tests: Sequence[Case], repeats: int, compare: str | None)
             raise OptionError(f"{test.name}: sizes start at 1 and depths at 0")
         if not 1 <= test.batch <= SEGMENTS:
             raise OptionError(f"{test.name}: 1 to {SEGMENTS} sequences expected, not {test.batch}")
+    if not all(1 <= n <= MAX_THREADS for n in teams):
+        raise OptionError(f"threads are {', '.join(map(str, teams))}: 1 to {MAX_THREADS} expected")
     if repeats < 1:
         raise OptionError(f"repeats is {repeats}: at least 1 expected")
     if compare not in (None, "llama.cpp"):

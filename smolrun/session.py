@@ -20,13 +20,11 @@ A checksum finds damage, not intent: who may write a session file may decide wha
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ import numpy as np
 
 from smolrun.errors import ContextOverflow, SessionError
 from smolrun.files.checkpoint import Checkpoint
+from smolrun.files.whole import whole
 from smolrun.generate.engine import passes
 from smolrun.kernels.block import PAGE
 from smolrun.model.cache import Slot
@@ -248,21 +247,11 @@ def _messages(path: Path, text: bytes, vocab_size: int) -> list[Message] | None:
 def _write(path: Path, parts: Sequence[Any]) -> None:
     """Parts and their SHA-256 into a file that appears whole or not at all; for its owner's eyes, as a dialogue is."""
     digest = hashlib.sha256()
-    part = ""
     try:
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with open(handle, "wb") as file:
+        with whole(path, private=True) as file:
             for data in parts:
                 digest.update(data)
                 file.write(data)
             file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        if part:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-        if isinstance(error, OSError):
-            raise SessionError(f"{path}: cannot be written: {error.strerror or error}") from error
-        raise
+    except OSError as error:
+        raise SessionError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -54,6 +54,7 @@ def test_reports_of_a_run() -> None:
 def test_a_counter_that_begins_anew() -> None:
     assert sustained.used((5.0, 100.0), (7.5, 100.0)) == 2.5
     assert sustained.used((99.0, 100.0), (1.0, 100.0)) == 2.0
+    assert sustained.used((99.0, 0.0), (1.0, 0.0)) is None  # nobody says where it does
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Metered(Machine):
     [
         ({"rapl": (990.0, 999.0, 4.0, 8.0, 12.0)}, "RAPL packages", [9.0, 5.0, 4.0]),
         ({"battery": 3.0}, "battery, the whole device", [3.0, 3.0, 3.0]),
+        ({"rapl": (990.0, 999.0), "battery": 3.0}, "RAPL packages", [9.0, None, None]),  # one kind in a run
         ({}, "", [None, None, None]),
     ],
 )
@@ -164,15 +166,63 @@ def test_devices_side_by_side(files: list[Path], capsys: pytest.CaptureFixture[s
     assert "DIFFERENT BITS" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "speed", "rows": []}', '{"kind": "x", "rows": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[" * 100_000, "{}", '{"kind": "speed", "rows": []}', '{"kind": "x", "rows": [{}]}']
+)
 def test_what_is_no_result_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text(text)
     assert main(["bench", "compare", str(tmp_path / "a.json")]) == 2
     assert "no result of `smolrun bench --format json`" in capsys.readouterr().err
 
 
+HOSTILE = (None, True, -1, 10**400, float("nan"), float("inf"), "x", [], {}, [1])
+
+
+def test_results_with_anything_in_them(files: list[Path], tmp_path: Path) -> None:
+    """Each value of each file is something else, or is not there: refused by name, or drawn."""
+
+    def places(value: Any) -> Iterator[tuple[Any, Any]]:
+        for key, inside in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            yield value, key
+            if isinstance(inside, dict | list):
+                yield from places(inside)
+
+    bent, refused = tmp_path / "bent.json", 0
+    for path in (files[0], files[2]):
+        document = json.loads(path.read_text())
+        document["samples"] = document.get("samples", [])[:2]
+        for holder, key in places(document):
+            was = holder[key]
+            for value in HOSTILE:
+                holder[key] = value
+                bent.write_text(json.dumps(document))
+                try:
+                    found = results.read([bent, files[1]])
+                except OptionError as error:
+                    refused += "no result" in str(error)
+                    continue
+                results.table(found), ElementTree.fromstring(results.svg(found)), results.html(found)
+            holder[key] = was
+    assert refused > 100
+
+
+def test_names_that_cannot_be_printed(files: list[Path]) -> None:
+    document = json.loads(files[0].read_text()) | {"model": "\x1b[31m\0\ud800<b>"}
+    found = [results.parse("\x07", json.dumps(document))]
+    assert ElementTree.fromstring(results.svg(found)) is not None
+    assert "\x1b" not in results.table(found) and "<b>" not in results.html(found)
+
+
+def test_files_of_one_name_stay_apart(files: list[Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "r.json").write_text(files[0].read_text())
+    found = results.read([tmp_path / "a" / "r.json", tmp_path / "b" / "r.json"])
+    assert [result.label for result in found] == [str(tmp_path / "a" / "r"), str(tmp_path / "b" / "r")]
+
+
 def test_pictures(files: list[Path], tmp_path: Path) -> None:
-    found = [results.read(path) for path in files]
+    found = results.read(files)
     picture = ElementTree.fromstring(results.svg(found))
     texts = [element.text or "" for element in picture.iter() if element.tag.endswith("text")]
     assert texts[0] == "tiny.gguf, m.gguf"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 
 from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 from smolrun.errors import OptionError
+from smolrun.files.whole import whole
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -18,6 +20,19 @@ def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tu
         return None if text is None else tuple(int(number) for number in text.split(","))
     except ValueError:
         raise click.BadParameter(f"{text!r}: whole numbers between commas expected", ctx, param) from None
+
+
+OUTPUT = click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
+
+
+@contextlib.contextmanager
+def _sink(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """Where a report goes; what cannot be written is told before anything is measured."""
+    if path is None or path == Path("-"):
+        yield click.echo
+        return
+    with open(path, "wb") if path.exists() and not path.is_file() else whole(path) as file:
+        yield lambda text: file.write(f"{text}\n".encode(errors="replace"))
 
 
 class _Bench(click.Group):
@@ -45,11 +60,11 @@ command = _Bench("bench", help="Measure speed.")
 @click.option(
     "--format", "shape", type=click.Choice(["table", "json", "csv", "html", "svg"]), default="table", show_default=True
 )
-@click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="File to write.")
+@OUTPUT
 @load_options("context", "threads", *ADAPTER)
 @verbose_option
 def run(
-    model: str | None, sustained: float | None, shape: str, output: IO[str], load: LoadOptions, **given: object
+    model: str | None, sustained: float | None, shape: str, output: Path | None, load: LoadOptions, **given: object
 ) -> None:
     """Measure speed.
 
@@ -61,7 +76,6 @@ def run(
     path, settings = load.path(model), dict(load.settings)
     measures: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     guess = {name: settings.pop(name) for name in ("speculate", "draft") if name in settings}
-    report: Any
     if guess or sustained is not None:
         if guess and sustained is not None:
             raise OptionError("--sustained and guesses are measured apart")
@@ -72,29 +86,30 @@ def run(
             (*more, measures["threads"]) = measures["threads"]
             if more:
                 raise OptionError("one thread count expected here")
-    say: dict[str, Any] = {"progress": lambda line: click.echo(line, err=True)}
-    if guess:
-        from smolrun.measure.speculation import run as guessing
+    settings |= {**measures, "progress": lambda line: click.echo(line, err=True)}
+    with _sink(output) as write:
+        report: Any
+        if guess:
+            from smolrun.measure.speculation import run as guessing
 
-        if "draft" in guess:
-            guess["draft"] = load.path(guess["draft"])
-        report = guessing(path, **guess, **measures, **settings, **say)
-    elif sustained is not None:
-        from smolrun.measure.sustained import run as sustain
+            if "draft" in guess:
+                guess["draft"] = load.path(guess["draft"])
+            report = guessing(path, **guess, **settings)
+        elif sustained is not None:
+            from smolrun.measure.sustained import run as sustain
 
-        report = sustain(path, duration=sustained, **measures, **settings, **say)
-    else:
-        from smolrun.bench import run as speed
+            report = sustain(path, duration=sustained, **settings)
+        else:
+            from smolrun.bench import run as speed
 
-        report = speed(path, **measures, **settings, **say)
-    if shape in ("html", "svg"):
-        from smolrun.measure import results
+            report = speed(path, **settings)
+        if shape in ("html", "svg"):
+            from smolrun.measure import results
 
-        found = [results.Result(path.stem, json.loads(report.to_json()))]
-        text = results.html(found) if shape == "html" else results.svg(found)
-    else:
-        text = {"table": report.table, "json": report.to_json, "csv": report.to_csv}[shape]()
-    click.echo(text, file=output)
+            found = [results.parse(path.stem, report.to_json())]
+            write(results.html(found) if shape == "html" else results.svg(found))
+        else:
+            write({"table": report.table, "json": report.to_json, "csv": report.to_csv}[shape]())
 
 
 @command.command("compare")
@@ -106,13 +121,14 @@ def run(
     metavar="A.json B.json",
 )
 @click.option("--format", "shape", type=click.Choice(["table", "html", "svg"]), default="table", show_default=True)
-@click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="File to write.")
-def compare(files: tuple[Path, ...], shape: str, output: IO[str]) -> None:
+@OUTPUT
+def compare(files: tuple[Path, ...], shape: str, output: Path | None) -> None:
     """Put results side by side.
 
     Files of `smolrun bench --format json -o FILE`, of several devices or versions; ratios are to the first.
     """
     from smolrun.measure import results
 
-    found = [results.read(path) for path in files]
-    click.echo({"table": results.table, "html": results.html, "svg": results.svg}[shape](found), file=output)
+    found = results.read(files)
+    with _sink(output) as write:
+        write({"table": results.table, "html": results.html, "svg": results.svg}[shape](found))

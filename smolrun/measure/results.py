@@ -33,23 +33,72 @@ class Result:
         return {(row["test"], row.get("threads", threads)): row for row in self.document["rows"]}
 
 
-def read(path: Path) -> Result:
-    """A result file.
+def read(paths: Sequence[Path]) -> list[Result]:
+    """Result files, known by their names, or by their paths where names are the same.
 
     Raises:
-        OptionError: it is none.
+        OptionError: a file that is none.
+    """
+    alike = len({path.stem for path in paths}) < len(paths)
+    found = []
+    for path in paths:
+        try:
+            found.append(parse(str(path.with_suffix("")) if alike else path.stem, path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise OptionError(f"{path}: no result of `smolrun bench --format json` ({error})") from error
+    return found
+
+
+def parse(label: str, text: str) -> Result:
+    """A result from its JSON; of its texts remains what can be printed.
+
+    Raises:
+        ValueError: it is none.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        kind = document["kind"]
-        sound = kind in KINDS and all(row["tokens_per_s"] > 0 and row["test"] for row in document["rows"])
-        sound = sound and isinstance(document["model"], str) and isinstance(document["device"], dict)
-        sound = sound and bool(document["samples"] if kind == "sustained" else document["rows"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(f"{path}: no result of `smolrun bench --format json` ({error})") from error
-    if not sound:
-        raise OptionError(f"{path}: no result of `smolrun bench --format json`")
-    return Result(path.stem, document)
+        document = _printable(json.loads(text))
+        _check(document)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return Result(_printable(label), document)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else "\ufffd" for c in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(entry) for key, entry in value.items()}
+    return [_printable(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _check(document: Any) -> None:
+    """All that tables and pictures read is there and is what they expect.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is not.
+    """
+    kind, rows = document["kind"], document["rows"]
+    texts = [document["model"], document["tier"], *document["device"].values(), *(row["test"] for row in rows)]
+    speeds = [row["tokens_per_s"] for row in rows]
+    numbers = [row.get("threads", document.get("threads", 0)) for row in rows]
+    optional = [row.get(name) for row in rows for name in ("peer_tokens_per_s", "plain_tokens_per_s")]
+    if kind == "sustained":
+        samples = document["samples"]
+        texts.append(document["energy"])
+        speeds += [sample["tokens_per_s"] for sample in samples]
+        numbers += [row[name] for row in rows for name in ("kept", "seconds")] + [sample["at"] for sample in samples]
+        optional += [row["joules_per_token"] for row in rows]
+        optional += [sample[name] for sample in samples for name in ("celsius", "hertz")]
+    if kind not in KINDS or not speeds:
+        raise ValueError(f"kind {kind!r:.40} with {len(speeds)} figures: one of {', '.join(KINDS)} expected")
+    for value in texts:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r:.40} found, text expected")
+    for value in [*speeds, *numbers, *(value for value in optional if value is not None)]:
+        if isinstance(value, bool) or not 0 <= value < 1e15:
+            raise ValueError(f"{value!r:.40} found, a number expected")
+    if not all(speeds):
+        raise ValueError("a speed of 0")
 
 
 def table(results: Sequence[Result]) -> str:
@@ -57,7 +106,7 @@ def table(results: Sequence[Result]) -> str:
     first = results[0]
     width = max(12, *(len(result.label) + 2 for result in results))
     lines = [f"{result.label}: {_where(result)}" for result in results]
-    hashes = {name: found for name in (r.label for r in results) if (found := _hash(name, results))}
+    hashes = {r.label: found for r in results if (found := str(r.document.get("logits_hash", "")))}
     if len(hashes) > 1 and len({result.document["model"] for result in results}) == 1:
         lines.append("logits: " + ("the same bits" if len(set(hashes.values())) == 1 else f"DIFFERENT BITS: {hashes}"))
     tests = list(dict.fromkeys(key for result in results for key in result.rows))
@@ -78,10 +127,6 @@ def table(results: Sequence[Result]) -> str:
                     line += f", {row['joules_per_token']:.3f} J a token ({result.document['energy']})"
                 lines.append(line)
     return "\n".join(lines)
-
-
-def _hash(label: str, results: Sequence[Result]) -> str:
-    return str(next(result.document.get("logits_hash", "") for result in results if result.label == label))
 
 
 def _where(result: Result) -> str:

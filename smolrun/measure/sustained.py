@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from smolrun.verify import weight_format
 DEPTH = 64  # ids before each stretch
 STRETCH = 64  # ids of it
 SAMPLE_SECONDS = 1.0  # of whole stretches
+RAPL, BATTERY = "RAPL packages", "battery, the whole device"
 EDGE = 0.1  # of the samples are the beginning, as many the end; at least 1
 
 
@@ -53,7 +54,7 @@ class Report:
     """A run.
 
     Attributes:
-        energy: what its joules are of: "RAPL packages", "battery, the whole device", or "".
+        energy: what its joules are of: RAPL, BATTERY, or "".
     """
 
     model: str
@@ -172,10 +173,10 @@ def measure(
             tokens += len(stretch)
         now, watts = here.joules(), here.watts()
         joules = None
-        if counters and now.keys() == counters.keys():
-            energy, joules = "RAPL packages", sum(used(counters[name], now[name]) for name in now)
-        elif watts is not None:
-            energy, joules = "battery, the whole device", watts * (clock() - start)
+        if energy != BATTERY and counters and now.keys() == counters.keys():
+            energy, joules = RAPL, total(used(counters[name], now[name]) for name in now)
+        elif energy != RAPL and watts is not None:  # of one kind in a run: the two do not add up
+            energy, joules = BATTERY, watts * (clock() - start)
         counters = now
         sample = Sample(clock() - begin, tokens, tokens / busy, here.temperature(), here.frequency(), joules)
         samples.append(sample)
@@ -183,6 +184,13 @@ def measure(
     return samples, energy
 
 
-def used(before: tuple[float, float], after: tuple[float, float]) -> float:
-    """Joules between two readings of a counter that begins anew at its second number."""
-    return after[0] - before[0] + (after[1] if after[0] < before[0] else 0.0)
+def used(before: tuple[float, float], after: tuple[float, float]) -> float | None:
+    """Joules between two readings of a counter that begins anew at its second number; None where it is not known."""
+    joules = after[0] - before[0] + (after[1] if after[0] < before[0] else 0.0)
+    return joules if joules >= 0 else None
+
+
+def total(joules: Iterable[float | None]) -> float | None:
+    """The sum; None if one of them is not known."""
+    found = list(joules)
+    return None if None in found else sum(filter(None, found))
