@@ -105,6 +105,8 @@ def load(
     """
     if speculate not in (None, "lookup"):
         raise OptionError(f"speculate is {speculate!r}, 'lookup' or None expected (a model that guesses is `draft`)")
+    if adapter is None and adapter_scale != 1.0:
+        raise OptionError(f"adapter_scale is {adapter_scale}, and there is no adapter")
     with ExitStack() as opened, _uncollected():
         checkpoint = opened.enter_context(open_checkpoint(resolve(source, offline=offline)))
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
@@ -458,7 +460,7 @@ class LLM:
         Args:
             path: replaced when it exists.
             prompt: text, ids, or the messages of a chat: a system message alone, say, or a whole dialogue, which is
-                kept with the ids of its answers.
+                kept with the ids of its answers; of one that is longer than the context, keys and values of its begin.
 
         Raises:
             SessionError: the file cannot be written.
@@ -473,6 +475,7 @@ class LLM:
         if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
             messages = self._memory.with_ids(prompt)  # type: ignore[arg-type]
             ids, _ = self._template.encode(messages, add_generation_prompt=False)
+            ids = ids[: self.context]  # an answer that filled it: the template ends the turn beyond
         else:
             ids = self._ids(prompt)  # type: ignore[arg-type]
         self._check_room(ids, "session")

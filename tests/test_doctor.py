@@ -98,6 +98,19 @@ def test_packages_that_are_not_there(tmp_path: Path, model: Path, monkeypatch: p
     assert "pip install numba" in [finding.mend for finding in report.findings]
 
 
+def test_settings_and_models_that_cannot_be(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tree(tmp_path / "pi", PI_4)
+    monkeypatch.setenv("SMOLRUN_CACHE_SIZE", "much")
+    report = doctor.examine(here, model)
+    assert (
+        not report.ok and report.findings[0].mend == "unset SMOLRUN_CACHE_SIZE" and "weights" in report.facts["cache"]
+    )
+    monkeypatch.delenv("SMOLRUN_CACHE_SIZE")
+    model.write_bytes(model.read_bytes()[:100])
+    report = doctor.examine(here, model)
+    assert not report.ok and report.findings[0].mend == "" and model.name in report.findings[0].problem
+
+
 def test_a_damaged_kernel_is_told(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{doctor.load.fingerprint('team')}-{target.choose().name}"
     monkeypatch.setattr(doctor.load, "cache_folders", lambda: iter([tmp_path]))

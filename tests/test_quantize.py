@@ -1,6 +1,7 @@
 """`smolrun quantize`: the search finds better blocks than the reference, and both runtimes read the files."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,14 @@ def test_refusals_leave_nothing(tiny: Tiny, tmp_path: Path) -> None:
         quantize_file(tiny.gguf, tmp_path / "a.gguf", "q3_k")
     with pytest.raises(OptionError, match="is the source itself"):
         quantize_file(tiny.gguf, tiny.gguf, "q4_0")
+    with pytest.raises(OptionError, match="is a file of the source"):
+        quantize_file(tiny.folder, tiny.folder / "model.safetensors", "q4_0")
+    with pytest.raises(OptionError, match="there is no adapter"):
+        quantize_file(tiny.gguf, tmp_path / "a.gguf", "q4_0", adapter_scale=0.5)
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    with pytest.raises(FileExistsError, match="is no file"):
+        quantize_file(tiny.gguf, tmp_path / "pipe", "q8_0")
+    (tmp_path / "pipe").unlink()
     with pytest.raises(OptionError, match="has 1 tokens"):
         quantize_file(tiny.gguf, tmp_path / "a.gguf", "q4_0", calibrate="a")
     whole = read_gguf(tiny.gguf)

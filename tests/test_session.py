@@ -222,3 +222,16 @@ def test_the_dialogue_is_json(load, tmp_path):
     data = (tmp_path / "s").read_bytes()
     n, m = HEAD.unpack(data[:64])[4:]
     assert json.loads(data[64 + 4 * n :][:m]) == HI
+
+
+def test_a_dialogue_that_fills_the_context_is_kept(load, tmp_path):
+    llm = load(context=96)
+    answer = llm.chat(HI, max_tokens=None, sampling=GREEDY, ignore_eos=True)
+    assert answer.finish_reason == "context"
+    said = [*HI, {"role": "assistant", "content": answer.text}]
+    llm.save_session(tmp_path / "s", said)
+    again = load(context=96)
+    session = again.load_session(tmp_path / "s")
+    assert session.messages == said and len(session.ids) == 96
+    short = again.chat(HI, max_tokens=9, sampling=GREEDY, ignore_eos=True)
+    assert short.ids == answer.ids[:9] and short.timings.cached_tokens > short.timings.prompt_tokens - 2

@@ -26,7 +26,7 @@ def _prompts(file: IO[bytes]) -> Iterator[Any]:
             continue
         try:
             prompt = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"line {number} of the prompts: JSON expected ({error})") from error
         if isinstance(prompt, dict):
             prompt = prompt.get("messages", prompt.get("prompt"))
@@ -38,7 +38,7 @@ def _prompts(file: IO[bytes]) -> Iterator[Any]:
 @click.option("-m", "--model", metavar="MODEL", help="Model to run (see `smolrun --help`).")
 @click.option("--max-batch", type=int, metavar="N", help="Answers computed at once [8].")
 @answer_options()
-@load_options()
+@load_options("speculate", "draft")  # guesses and batches do not combine
 @verbose_option
 def command(
     file: IO[bytes], model: str | None, max_batch: int | None, answer: AnswerOptions, load: LoadOptions

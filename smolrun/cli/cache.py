@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from datetime import datetime
@@ -33,11 +34,11 @@ def command(ctx: click.Context) -> None:
         made_from, _, tier = folder.name.partition("-")
         state = tier if made_from in current else f"{tier}, of another version"
         count, used = kernels.get(state, (0, 0.0))
-        kernels[state] = count + _bytes(folder), max(used, folder.stat().st_mtime)
+        kernels[state] = count + _bytes(folder), max(used, _used(folder))
     rows = [("kernels", count, used, state) for state, (count, used) in kernels.items()]
     for entry in packed.entries():
         rows.append(("weights", entry.bytes, entry.used, entry.model or "a fragment"))
-    rows += [("documents", _bytes(folder), folder.stat().st_mtime, _read_from(folder)) for folder in _folders("tokens")]
+    rows += [("documents", _bytes(folder), _used(folder), _read_from(folder)) for folder in _folders("tokens")]
     total = sum(row[1] for row in rows)
     click.echo(f"{user_cache()}: {size(total)}, weights at most {size(packed.limit())}", err=True)
     if rows:
@@ -57,8 +58,11 @@ def clear(kernels: bool, weights: bool, documents: bool) -> None:
     freed = 0
     for name, wanted in (("kernels", kernels), ("tokens", documents)):
         for folder in _folders(name) if wanted or everything else ():
-            freed += _bytes(folder)
-            shutil.rmtree(folder)
+            before = _bytes(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may write into it, or delete it too
+            if left := _bytes(folder):
+                click.echo(f"{folder}: {size(left)} could not be deleted", err=True)
+            freed += before - left
     if weights or everything:
         for entry in packed.entries():
             freed += entry.bytes
@@ -82,7 +86,17 @@ def _read_from(folder: Path) -> str:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    total = 0
+    for path in folder.glob("*"):  # other processes write and delete here
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _used(folder: Path) -> float:
+    with contextlib.suppress(OSError):
+        return folder.stat().st_mtime
+    return 0.0
 
 
 def _day(seconds: float) -> str:

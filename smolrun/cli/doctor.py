@@ -42,7 +42,8 @@ _SAYS: dict[str, Callable[[Any], str]] = {
     "available": size,
     "compiled": lambda found: f"{found['count']} kernels of this version, {size(found['bytes'])}",
     "weights": lambda found: (
-        f"{found['count']} file{'s' * (found['count'] != 1)}, {size(found['bytes'])} of at most {size(found['limit'])}"
+        f"{found['count']} file{'s' * (found['count'] != 1)}, {size(found['bytes'])}"
+        + ("" if found["limit"] is None else f" of at most {size(found['limit'])}")
     ),
     "needs": lambda found: f"{size(found['bytes'])} with a context of {found['context']:,}",
     "temperature": lambda found: f"{found:.0f} degrees Celsius",

@@ -55,6 +55,7 @@ def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
     matrices = plan(checkpoint, given.get("quantize"))
     shapes = [(matrix.format, matrix.rows, matrix.cols) for matrix in matrices.values()]
     threads = given.get("threads", machine.available_cores())
+    memory.check_options(config, context, threads)
     needs, room = memory.estimate(config, shapes, context, kv, threads), machine.HERE.available()
     ways: list[str] = []
     if room is not None and needs.model > room.bytes:

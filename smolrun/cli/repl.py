@@ -194,7 +194,7 @@ class Repl:
         path = file_name("load", name)
         try:
             self.messages = as_messages(json.loads(path.read_bytes()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"{path}: a list of messages with role and content expected: {error}") from error
         note(f"({len(self.messages)} messages from {path})")
 

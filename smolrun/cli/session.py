@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,10 @@ def restore(llm: LLM, path: Path | None, system: str | None) -> list[Message]:
 
     Raises:
         SessionError: the file is damaged, or of another model.
-        OptionError: it holds no dialogue.
+        OptionError: it holds no dialogue, or its folder cannot be written: told before an answer is lost.
     """
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise OptionError(f"{path}: the session cannot be written, {path.parent} is no folder of ours")
     messages: list[Message] = []
     if path is not None and path.exists():
         found = llm.load_session(path).messages

@@ -119,11 +119,11 @@ class Llama:
         self.config: ModelConfig = c
         ours = machine.HERE.threads()
         self.threads = team.threads if team is not None else ours.count if threads is None else threads
-        if not 1 <= self.threads <= 256:
-            raise OptionError(f"threads={threads}: expected 1..256")
+        memory.check_options(c, context, self.threads)
         self.chunk, self.segments, self.precision, self.kv = chunk, memory.SEGMENTS, precision, kv
         matrices, terms = plan(checkpoint, quantize), terms_of(precision)
-        self.context = self._context(context, sum(m.bytes for m in matrices.values()))
+        weights = sum(m.bytes for m in matrices.values())
+        self.context = memory.default_context(c, weights, kv) if context is None else context
         if not force:
             shapes = [(m.format, m.rows, m.cols) for m in matrices.values()]
             memory.check(checkpoint.path.name, c, shapes, self.context, kv, self.threads)
@@ -161,14 +161,6 @@ class Llama:
         )
         self.block = self._fill(code[names[2]], sizes)
         self._block_address = self.block.ctypes.data
-
-    def _context(self, wanted: int | None, weights: int) -> int:
-        limit = self.config.max_positions
-        if wanted is None:
-            return memory.default_context(self.config, weights, self.kv)
-        if not 1 <= wanted <= limit:
-            raise OptionError(f"context={wanted}: expected 1..{limit:,}, the positions this model was trained for")
-        return wanted
 
     def _fill(self, embed_row: int, sizes: dict[str, int]) -> NDArray[np.int64]:
         tables = self.weights.tables

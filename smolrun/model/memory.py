@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
 from smolrun.errors import OptionError, OutOfMemory, SmolrunError
-from smolrun.kernels.block import HEAD_DIM, KV_BYTES, LINE, PAGE, PART, PHASES, SPAN, S, scratch_bytes
+from smolrun.kernels.block import HEAD_DIM, KV_BYTES, LINE, MAX_THREADS, PAGE, PART, PHASES, SPAN, S, scratch_bytes
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
 from smolrun.kernels.target import record_bytes
 from smolrun.model import machine
@@ -138,6 +138,19 @@ def estimate(
     one = sizes | {"parts": sizes["parts"] // SEGMENTS}
     process = PROCESS + PROCESS_TOKEN * config.vocab_size
     return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), process)
+
+
+def check_options(config: ModelConfig, context: int | None, threads: int) -> None:
+    """Refuse what no model can be run with.
+
+    Raises:
+        OptionError: it is.
+    """
+    if not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"threads={threads}: expected 1..{MAX_THREADS}")
+    if context is not None and not 1 <= context <= config.max_positions:
+        limit = f"1..{config.max_positions:,}, the positions this model was trained for"
+        raise OptionError(f"context={context}: expected {limit}")
 
 
 def default_context(config: ModelConfig, weights: int, kv: str) -> int:
