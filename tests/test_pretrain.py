@@ -742,7 +742,7 @@ def test_a_label_is_a_number(label: object, tmp_path: Path) -> None:
             return np.zeros(4)
 
     path = tmp_path / "known.jsonl"
-    for rows, problem in ((0, "0 labelled documents"), (9, "9 labelled documents with 1 different"), (10, "a number expected")):
+    for rows, problem in ((0, "0 labelled"), (9, "9 labelled documents with 1 different"), (10, "a number expected")):
         labels = [1] * min(rows, 9) + [label] * (rows > 9)
         path.write_text("".join(json.dumps({"text": "a", "label": x}) + "\n" for x in labels))
         with pytest.raises(OptionError, match=problem):

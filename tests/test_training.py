@@ -290,7 +290,7 @@ def test_what_a_model_may_not_be_given(tiny: Tiny, make: Make) -> None:
         for objective in (next_token, evaluate, DPO()):
             with pytest.raises(OptionError):
                 objective(make(tiny), batches)  # type: ignore[operator]
-    for alpha in (float("nan"), float("inf")):
+    for alpha in (0.0, float("nan"), float("inf")):
         with pytest.raises(OptionError, match="alpha"):
             LoRA(alpha=alpha)
 

@@ -114,6 +114,7 @@ BAD = [
     ({"messages": MORE[:-1]}, "the last message is the user's"),
     ({"messages": []}, "list of messages"),
     ({"messages": [{"role": "user"}]}, "role and content"),
+    ({"conversations": [{"from": ["human"], "value": "a"}]}, "role and content"),
     ({"prompt": "a"}, "no field 'text'"),
     ({"prompt": 3, "completion": "b"}, "text expected"),
 ]
@@ -129,6 +130,9 @@ def test_bad_pairs(tiny: Tiny) -> None:
     for value, problem in (
         ({"prompt": "a", "chosen": "b"}, "chosen and rejected expected"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty answer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same: nothing to prefer"),
+        ({"messages": MORE[:-1], "chosen": "b", "rejected": "b"}, "the same: nothing to prefer"),
+        ({"prompt": "a", "chosen": "z" * 600 + "b", "rejected": "z" * 600}, "the same in their first 500 tokens"),
     ):
         with pytest.raises(OptionError, match=problem):
             encoder(tiny)[0].pair(Row("", value))
@@ -291,9 +295,9 @@ def test_an_adapter_of_some_layers_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="for some of the layers only"), prepare(path):
         pass
     write_adapter(tmp_path / "out" / "adapter", LowRank(factors, 4, 8.0))
-    with pytest.raises(OptionError, match="the result would be written there"):
-        with prepare(path, [f"lora.start={tmp_path}/out/adapter"]):
-            pass
+    there = pytest.raises(OptionError, match="the result would be written there")
+    with there, prepare(path, [f"lora.start={tmp_path}/out/adapter"]):
+        pass
 
 
 def test_what_a_recipe_may_not_say(tiny: Tiny, tmp_path: Path) -> None:

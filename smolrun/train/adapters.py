@@ -34,8 +34,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 1024:
             raise OptionError(f"rank={self.rank}: expected 1..1024")
-        if not math.isfinite(self.alpha):
-            raise OptionError(f"alpha={self.alpha}: expected a number")
+        if not self.alpha or not math.isfinite(self.alpha):
+            raise OptionError(f"alpha={self.alpha}: expected a number other than 0")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"dropout={self.dropout}: expected a probability below 1")
         if not self.targets or not set(self.targets) <= set(MATRICES):

@@ -100,7 +100,7 @@ class Encoder:
             asked = _messages(prompt) if isinstance(prompt, list) else None
             if asked is None:
                 prompt = _text(row, self._data.prompt)
-                return [self._answered(prompt, _answer(value[side])) for side in ("chosen", "rejected")]
+                return self._apart([self._answered(prompt, _answer(value[side])) for side in ("chosen", "rejected")])
         out = []
         for side in ("chosen", "rejected"):
             its = value[side]
@@ -108,7 +108,13 @@ class Encoder:
             if asked is not None and messages[: len(asked)] != asked:
                 messages = [*asked, *messages]
             out.append(self._whole(messages, last=True))
-        return out
+        return self._apart(out)
+
+    def _apart(self, pair: list[Example]) -> list[Example]:
+        if np.array_equal(pair[0].ids, pair[1].ids):
+            where = f" in their first {self._length:,} tokens" if pair[0].cut else ""
+            raise OptionError(f"chosen and rejected are the same{where}: nothing to prefer")
+        return pair
 
     def _answered(self, prompt: str, completion: str) -> Example:
         if not self._chat:
@@ -166,7 +172,7 @@ def _messages(value: Any) -> list[Message]:
 
 def _message(value: Any) -> Message:
     found = value if isinstance(value, dict) else {}
-    role, content = found.get("role", ROLES.get(found.get("from", ""))), found.get("content", found.get("value"))
+    role, content = found.get("role", ROLES.get(str(found.get("from")))), found.get("content", found.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise OptionError(f"{value!r:.80} found, a message with role and content expected")
     return {"role": role, "content": content}
