@@ -245,7 +245,7 @@ def run(
         check = _prose(checkpoint)
         for n in teams:
             with ExitStack() as opened:
-                model = opened.enter_context(Llama(checkpoint, context=max(context, *shared), threads=n, **options))
+                model = opened.enter_context(Llama(checkpoint, context=max([context, *shared]), threads=n, **options))
                 peer = opened.enter_context(Peer(path, context=context, threads=n)) if compare else None
                 ours = logits_in_cuts(model, check, [model.chunk])
                 hashes[n] = hashlib.sha256(ours.tobytes()).hexdigest()[:16]

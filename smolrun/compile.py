@@ -111,7 +111,7 @@ def choose_tiers(target: link.Target, cpus: Sequence[str] = (), features: Sequen
         raise OptionError(f"features {', '.join(unknown)}: expected some of {', '.join(known)}")
     chosen = set()
     for cpu in cpus or ([target.tiers[-1].name] if features else []):
-        tier = TIERS.get(CPUS.get(cpu.lower(), cpu))
+        tier = TIERS.get(CPUS.get(cpu.lower(), cpu.lower()))
         if tier not in target.tiers:
             known = [name for name, its in CPUS.items() if TIERS.get(its) in target.tiers]
             known += [tier.name for tier in target.tiers]

@@ -31,7 +31,7 @@ from smolrun.files.sources import resolve
 from smolrun.kernels.block import HEAD_DIM
 from smolrun.kernels.formats import FORMATS, dequantize_ref
 from smolrun.kernels.rounding import quantize
-from smolrun.model import rope
+from smolrun.model import memory, rope
 from smolrun.model.llama import Llama
 from smolrun.model.machine import available_cores
 from smolrun.text.tokenizer import Tokenizer, gguf_vocabulary
@@ -144,8 +144,9 @@ def quantize_file(
         raise OptionError(f"{target} is the source itself: give another file to write")
     if path.is_dir() and target.exists() and target.parent.samefile(path) and target.suffix != ".gguf":
         raise OptionError(f"{target} is a file of the source: give another one to write")
-    say = progress or (lambda *_: None)
-    with open_checkpoint(path) as opened, ThreadPoolExecutor(threads or available_cores()) as pool:
+    say, threads = progress or (lambda *_: None), available_cores() if threads is None else threads
+    memory.check_threads(threads)
+    with open_checkpoint(path) as opened, ThreadPoolExecutor(threads) as pool:
         checkpoint = opened
         if adapter is not None:
             checkpoint = merge(opened, read_adapter(adapter, opened.config), adapter_scale)

@@ -168,6 +168,7 @@ def test_bytes_read_for_a_token(tmp_path: Path, tied: bool) -> None:
         ({"decode_sizes": (0,)}, "tg0"),
         ({"depths": (-1,)}, "depths at 0"),
         ({"batches": (33,)}, "tg128 x33: 1 to 32"),
+        ({"threads": (1, 0)}, "threads are 1, 0: 1 to 256"),
         ({"repeats": 0}, "repeats is 0"),
         ({"compare": "vllm"}, "'vllm'"),
         ({"compare": "llama.cpp"}, "only GGUF"),
@@ -182,6 +183,14 @@ def test_a_fresh_process_without_a_token_is_an_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(bench, "COLD_SCRIPT", "raise SystemExit(3)")
     with pytest.raises(SmolrunError, match="exit code 3"):
         bench.cold_start(tmp_path, {})
+
+
+def test_a_run_of_one_sequence_without_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "COLD_RUNS", 1)
+    path = make_tiny(tmp_path, fmt="Q4_0").gguf
+    report = bench.run(path, prompt_sizes=(32,), decode_sizes=(8,), threads=(1,), repeats=1)
+    assert [row.test for row in report.rows] == ["pp32", "tg8"] and report.peer_kl is None and report.table()
 
 
 @pytest.mark.reference

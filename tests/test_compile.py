@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -128,7 +129,7 @@ def test_cpus_and_features_choose_tiers() -> None:
     assert names(arm, "cortex-a76", "Cortex-A53") == ["dotprod", "neon"] and names(arm, "neon") == ["neon"]
     assert names(arm, "cortex-a76", features=("i8mm",)) == ["i8mm"] and names(arm, features=("dotprod",)) == ["dotprod"]
     assert names("x86_64-linux-gnu", "x86-64-v3", features=("avxvnni",)) == ["avxvnni"]
-    assert names("x86_64-windows", "znver4", "haswell") == ["avx512vnni", "avx2"]
+    assert names("x86_64-windows", "znver4", "AVX2") == ["avx512vnni", "avx2"]
     assert set(CPUS.values()) <= TIERS.keys()
     for target, cpus, features, words in (
         (arm, ["haswell"], [], "cpu 'haswell': of aarch64-linux-android are known cortex-a53"),
@@ -441,6 +442,23 @@ def test_the_verb_says_what_was_made(tiny: Tiny, tmp_path: Path, c: bool, monkey
     said, facts = (CliRunner().invoke(command, [*given, *more]).output for more in ([], ["--json"]))
     assert "for x86_64-windows (avx2)" in said and ("without the C interface" in said) is not c
     assert json.loads(facts)["c"] is c
+
+
+def test_the_verb_passes_what_is_given(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists by commas or by repeating; each option that the verb has is one of `compile_model`."""
+    calls: list[dict[str, Any]] = []
+
+    def made(*args: Any, **options: Any) -> Bundle:
+        calls.append(inspect.signature(compile_model).bind(*args, **options).arguments)
+        return Bundle(tmp_path, ["avx2"], 5000, True)
+
+    monkeypatch.setattr("smolrun.compile.compile_model", made)
+    given = "--target x86_64-linux-gnu --cpu a,b --cpu c --features d --features e,f --kv f16 --kv q8_0 --quantize q4_0"
+    assert CliRunner().invoke(command, [str(tiny.gguf), "-o", "app", *given.split(), "--offline"]).exit_code == 0
+    wanted = {"cpus": ("a", "b", "c"), "features": ("d", "e", "f"), "kv": ("f16", "q8_0"), "quantize": "q4_0"}
+    assert calls[0] == {"source": tiny.gguf, "out": Path("app"), "target": "x86_64-linux-gnu"} | wanted
+    for unknown in ("--adapter=x", "--adapter-scale=2", "--force"):
+        assert CliRunner().invoke(command, [str(tiny.gguf), "-o", "app", *given.split(), unknown]).exit_code == 2
 
 
 @pytest.mark.real

@@ -193,6 +193,11 @@ def test_refusals_leave_nothing(tiny: Tiny, tmp_path: Path) -> None:
         quantize_file(tiny.gguf, tiny.gguf, "q4_0")
     with pytest.raises(OptionError, match="is a file of the source"):
         quantize_file(tiny.folder, tiny.folder / "model.safetensors", "q4_0")
+    for threads in (0, -3, 257):
+        with pytest.raises(OptionError, match=f"threads={threads}"):
+            quantize_file(tiny.gguf, tmp_path / "a.gguf", "q4_0", threads=threads)
+    with pytest.raises(FileNotFoundError, match=r"'nowhere/a\.gguf'"):
+        quantize_file(tiny.gguf, "nowhere/a.gguf", "q4_0")
     with pytest.raises(OptionError, match="there is no adapter"):
         quantize_file(tiny.gguf, tmp_path / "a.gguf", "q4_0", adapter_scale=0.5)
     os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace

@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 
 from smolrun.cli import progress
-from smolrun.cli.options import LoadOptions, load_options, verbose_option
+from smolrun.cli.options import ADAPTER, LoadOptions, load_options, verbose_option
 from smolrun.cli.table import size
 
 
-def _list(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
+def _list(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for text in texts for name in text.split(",") if name)
 
 
 @click.command("compile")
@@ -22,12 +22,14 @@ def _list(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, .
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder; an old bundle goes.")
 @click.option("--target", required=True, help="x86_64-linux-gnu, aarch64-linux-gnu, aarch64-linux-android ...")
 @click.option(
-    "--cpu", "cpus", default="", callback=_list, metavar="NAME,NAME", help="Only for these [all of the target]."
+    "--cpu", "cpus", multiple=True, callback=_list, metavar="NAME,NAME", help="Only for these [all of the target]."
 )
-@click.option("--features", default="", callback=_list, metavar="NAME,NAME", help="What they have besides (dotprod).")
+@click.option(
+    "--features", multiple=True, callback=_list, metavar="NAME,NAME", help="What they have besides (dotprod)."
+)
 @click.option("--kv", multiple=True, metavar="KIND", help="Attention cache it can be run with; repeatable [f16, q8_0].")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@load_options("context", "threads", "kv", "precision", "speculate", "draft")
+@load_options("context", "threads", "kv", "precision", "speculate", "draft", "force", *ADAPTER)
 @verbose_option
 def command(
     model: str | None,

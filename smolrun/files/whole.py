@@ -26,8 +26,10 @@ def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(part), part):  # people know `path`
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -140,14 +140,19 @@ def estimate(
     return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), process)
 
 
+def check_threads(threads: int) -> None:
+    """As `check_options`, where there is no model yet."""
+    if not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"threads={threads}: expected 1..{MAX_THREADS}")
+
+
 def check_options(config: ModelConfig, context: int | None, threads: int) -> None:
     """Refuse what no model can be run with.
 
     Raises:
         OptionError: it is.
     """
-    if not 1 <= threads <= MAX_THREADS:
-        raise OptionError(f"threads={threads}: expected 1..{MAX_THREADS}")
+    check_threads(threads)
     if context is not None and not 1 <= context <= config.max_positions:
         limit = f"1..{config.max_positions:,}, the positions this model was trained for"
         raise OptionError(f"context={context}: expected {limit}")
