@@ -24,9 +24,7 @@ def _list(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) ->
 @click.option(
     "--cpu", "cpus", multiple=True, callback=_list, metavar="NAME,NAME", help="Only for these [all of the target]."
 )
-@click.option(
-    "--features", multiple=True, callback=_list, metavar="NAME,NAME", help="What they have besides (dotprod)."
-)
+@click.option("--features", multiple=True, callback=_list, metavar="NAME,NAME", help="And what they have besides.")
 @click.option("--kv", multiple=True, metavar="KIND", help="Attention cache it can be run with; repeatable [f16, q8_0].")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @load_options("context", "threads", "kv", "precision", "speculate", "draft", "force", *ADAPTER)
