@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from smolrun.files.peft import Factors, LowRank, read_adapter, write_adapter
 from smolrun.quantize import quantize_file
 from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
+from smolrun.train.data import tokenizer_digest
 from smolrun.train.examples import Encoder, examine
 from smolrun.train.recipe import Examples
-from smolrun.train.rows import Row
+from smolrun.train.rows import Row, read_rows
 from smolrun.train.tasks import Plan, prepare
 from smolrun.train.tune import packed
 from tiny import Tiny, make_tiny
@@ -29,6 +31,13 @@ from tiny import Tiny, make_tiny
 SAID = {"role": "assistant", "content": "In the east. <|im_end|>"}
 DIALOGUE = [{"role": "user", "content": "Where is it?"}, SAID]
 MORE = [*DIALOGUE, {"role": "user", "content": "And then?"}, {"role": "assistant", "content": "It sets."}]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Examples that no other test, and no other version, has encoded."""
+    monkeypatch.setattr("smolrun.train.data.user_cache", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,9 @@ def encoder(tiny: Tiny, length: int = 500, **data: Any) -> tuple[Encoder, Tokeni
     with open_checkpoint(tiny.folder) as checkpoint:
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
         template = ChatTemplate(checkpoint.chat_template, tokenizer)
-    return Encoder(Examples(path="", **data), tokenizer, template, length), tokenizer
+    return Encoder(
+        Examples(path="", **data), tokenizer, template, length, tokenizer_digest(checkpoint.tokenizer)
+    ), tokenizer
 
 
 def learnt(tokenizer: Tokenizer, example: Any) -> str:
@@ -148,6 +159,38 @@ def test_bad_rows_are_counted_and_named(tiny: Tiny, tmp_path: Path) -> None:
     assert len(found.bad) == 1 and len(found.learnt) + len(found.held) == 9 and 0 < len(found.held) < 9
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_examples_are_encoded_once(tiny: Tiny, tmp_path: Path, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = rows(tmp_path, pairs)
+    data, encode = Examples(path=str(file), held_out=0.3), encoder(tiny, 92)[0]
+    groups = [(encode.pair if pairs else encode.example)(row) for row in read_rows(file)]
+
+    def content(example: Any) -> tuple[bytes, bytes, bool]:
+        return example.ids.tobytes(), example.mask.tobytes(), example.cut
+
+    found = examine(data, encode, pairs)
+    assert 0 < len(found.held) < 20 and found.cut == sum(e.cut for group in groups for e in group) > 0
+    whole = [group for part in (found.learnt, found.held) for group in part]
+    assert sorted(map(content, chain(*whole))) == sorted(map(content, chain(*groups)))
+    assert sorted(e.number for group in whole for e in group) == list(range(len(groups) * (1 + pairs)))
+    assert found.learnt.sizes.tolist() == [sum(len(e.ids) - 1 for e in group) for group in found.learnt]
+    valid = examine(Examples(path=str(file), valid=str(file)), encode, pairs)
+    for part in (valid.learnt, valid.held):
+        assert [[content(e) for e in group] for group in part] == [[content(e) for e in group] for group in groups]
+
+    def fails(*_: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Tokenizer, "encode", fails)
+    file = file.rename(tmp_path / "moved.jsonl")
+    data = replace(data, path=str(file))
+    again = examine(data, encode, pairs)
+    assert again.digest == found.digest and [e.number for (e, *_) in again.held] == [e.number for (e, *_) in found.held]
+    for other in (encoder(tiny, 93)[0], encoder(tiny, 92, chat=False)[0], encoder(tiny, 92, prompt_length=9)[0]):
+        with pytest.raises(AssertionError, match="encoded again"):
+            examine(data, other, pairs)
+
+
 def test_packing_keeps_order_and_groups(tiny: Tiny) -> None:
     encode, _ = encoder(tiny, chat=False)
     groups = [encode.example(Row("", {"prompt": "x" * n, "completion": "y"})) for n in (10, 20, 5, 30, 1)]
@@ -156,7 +199,7 @@ def test_packing_keeps_order_and_groups(tiny: Tiny) -> None:
     assert all(sum(part) <= 36 for part in sizes)
     assert len(sizes) == 3
     with pytest.raises(OptionError, match="belong together"):
-        packed(groups, 20)
+        list(packed(groups, 20))
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@
 Dialogues are rendered by the checkpoint's own chat template; learnt is what the assistant says, with the token that
 ends its turn. Of a pair it is the last answer alone. Plain prompt and completion are encoded apart, as they are when
 the model is asked, and the completion ends with the model's end token.
+
+They lie in the cache of train/data.py, keyed by all that makes them, template and length too: an id that is to be
+learnt as it is, any other one as its complement (~id, below 0); the two of a pair one behind the other.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from smolrun.errors import OptionError, SmolrunError
 from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
+from smolrun.train.data import Document, Documents, Progress, Tokens, cached, digest_of
 from smolrun.train.recipe import Examples
 from smolrun.train.rows import BadRow, Row, files, look_up, read_rows
 
@@ -38,28 +41,42 @@ class Example:
     Attributes:
         ids: int32 (n,), two or more.
         mask: bool (n,): which ids are to be learnt.
-        cut: ids were left out at its end: it was too long.
+        size: ids that it had before it was cut.
+        number: tells it from all others of its data.
     """
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    cut: bool = False
+    size: int
+    number: int = 0
 
     @classmethod
     def of(cls, ids: Sequence[int], mask: Sequence[bool], length: int) -> Example:
         """The first `length` + 1 ids: that many are read, the last one is a target only."""
         most = length + 1
-        return cls(np.array(ids[:most], np.int32), np.array(mask[:most], bool), len(ids) > most)
+        return cls(np.array(ids[:most], np.int32), np.array(mask[:most], bool), len(ids))
 
-
-Pair = tuple[Example, Example]  # chosen, rejected
+    @property
+    def cut(self) -> bool:
+        """Ids were left out at its end: it was too long."""
+        return self.size > len(self.ids)
 
 
 class Encoder:
-    """Rows -> examples or pairs, for one model."""
+    """Rows -> examples or pairs, for one model.
 
-    def __init__(self, data: Examples, tokenizer: Tokenizer, template: ChatTemplate, length: int) -> None:
-        """length: ids of an example that are read at most."""
+    Attributes:
+        facts: what an example depends on besides its row, as JSON.
+    """
+
+    def __init__(self, data: Examples, tokenizer: Tokenizer, template: ChatTemplate, length: int, digest: str) -> None:
+        """
+        Args:
+            length: ids of an example that are read at most.
+            digest: of the tokenizer, see data.tokenizer_digest.
+        """
+        names = ("prompt", "completion", "field", "after", "prompt_length", "chat")
+        self.facts = [digest, template.source, length, {name: getattr(data, name) for name in names}]
         self._data, self._tokenizer, self._template, self._length = data, tokenizer, template, length
         self._chat = template.source is not None if data.chat is None else data.chat
         self._end = tokenizer.eos_ids[0]
@@ -186,75 +203,88 @@ def _answer(value: Any) -> str:
     return text
 
 
+class Groups:
+    """Some of the cache's examples, alone or in pairs, read when they are asked for.
+
+    Attributes:
+        lengths: int64 (groups, width): tokens of each example that are read.
+        sizes: int64 (groups,): of each group.
+    """
+
+    def __init__(self, documents: Documents, width: int, numbers: NDArray[np.int64]) -> None:
+        """width: examples in a group. numbers: of the groups."""
+        self._documents, self._width, self._numbers = documents, width, numbers
+        self.lengths: NDArray[np.int64] = (documents.lengths - 1).reshape(-1, width)[numbers]
+        self.sizes: NDArray[np.int64] = self.lengths.sum(axis=1)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> list[Example]:
+        first = self._width * int(self._numbers[i])
+        return [self._example(number) for number in range(first, first + self._width)]
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return (self[i] for i in range(len(self)))
+
+    def _example(self, number: int) -> Example:
+        found = self._documents.ids(number)
+        mask = found >= 0
+        return Example(np.where(mask, found, ~found), mask, int(self._documents.records["size"][number]), number)
+
+
 @dataclass(frozen=True)
 class Examined:
-    """The examples of a recipe: each a list of one, or of two that are a pair.
+    """The examples of a recipe.
 
     Attributes:
         learnt, held: to learn, and held out.
         bad: rows that are none.
+        cut: examples that were too long.
+        digest: of the files' contents and of how they are read.
     """
 
-    learnt: list[list[Example]]
-    held: list[list[Example]]
-    bad: list[BadRow]
-
-    @property
-    def cut(self) -> int:
-        """Examples that were too long."""
-        return sum(e.cut for group in (*self.learnt, *self.held) for e in group)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that is learnt, in its order."""
-        digest = hashlib.sha256()
-        for e in (e for group in self.learnt for e in group):
-            digest.update(e.ids.tobytes() + e.mask.tobytes())
-        return digest.hexdigest()
+    learnt: Groups
+    held: Groups
+    bad: tuple[BadRow, ...]
+    cut: int
+    digest: str
 
     @property
     def tokens(self) -> int:
         """Read in an epoch."""
-        return sum(len(e.ids) - 1 for group in self.learnt for e in group)
+        return int(self.learnt.sizes.sum())
 
 
-def examine(data: Examples, encoder: Encoder, pairs: bool) -> Examined:
+def examine(data: Examples, encoder: Encoder, pairs: bool, progress: Progress | None = None) -> Examined:
     """All rows of the files, encoded; held out is what `valid` holds, else a share chosen by content.
 
     Raises:
         OptionError: too many bad rows, or nothing to learn.
     """
-    bad = list[BadRow]()
-    encode = encoder.pair if pairs else encoder.example
+    encode, width = (encoder.pair, 2) if pairs else (encoder.example, 1)
 
-    def read(path: str) -> list[list[Example]]:
-        out = []
-        for row in (row for file in files(path) for row in read_rows(Path(file))):
+    def encoded(path: Path) -> Iterator[Document | BadRow]:
+        for row in read_rows(path):
+            if isinstance(row, BadRow):
+                yield row
+                continue
             try:
-                if isinstance(row, BadRow):
-                    bad.append(row)
-                else:
-                    out.append(encode(row))
+                yield from [(np.where(e.mask, e.ids, ~e.ids), e.size, digest_of(e.ids.tobytes())) for e in encode(row)]
             except SmolrunError as error:
-                bad.append(BadRow(row.where, str(error)))
-        return out
+                yield BadRow(row.where, str(error))
 
-    learnt = read(data.path)
-    held = read(data.valid) if data.valid is not None else [e for e in learnt if _chance(e) < data.held_out]
-    if data.valid is None:
-        learnt = [e for e in learnt if _chance(e) >= data.held_out]
-    rows = len(learnt) + len(held) + len(bad)
-    if len(bad) > data.bad_rows * rows:
-        first = "; ".join(f"{row.where}: {row.problem}" for row in bad[:3])
-        raise OptionError(
-            f"data: {len(bad):,} of {rows:,} rows cannot be used ({first}): mend them, or raise data.bad_rows, now "
-            f"{data.bad_rows:g}"
-        )
-    if not learnt:
+    def read(path: str) -> list[Tokens]:
+        facts = ["examples", pairs, *encoder.facts]
+        return [cached(file, facts, np.dtype(np.int32), encoded(file), progress) for file in files(path)]
+
+    own, valid = read(data.path), [] if data.valid is None else read(data.valid)
+    documents = Documents("data", [*own, *valid], data.bad_rows, width)
+    held = documents.chance[::width] < data.held_out
+    if data.valid is not None:
+        held = np.arange(len(held)) >= sum(len(file.documents) for file in own) // width
+    learnt, rest = (Groups(documents, width, np.flatnonzero(chosen)) for chosen in (~held, held))
+    if not len(learnt):
         raise OptionError(f"data: nothing to learn in {data.path}")
-    return Examined(learnt, held, bad)
-
-
-def _chance(group: list[Example]) -> float:
-    """From 0 to 1, by what the example says."""
-    return int.from_bytes(hashlib.sha256(group[0].ids.tobytes()).digest()[:8], "little") / 2.0**64
+    cut = int((documents.records["size"] > documents.lengths).sum())
+    return Examined(learnt, rest, documents.bad, cut, documents.digest)

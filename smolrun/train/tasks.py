@@ -33,7 +33,15 @@ from smolrun.text.template import ChatTemplate
 from smolrun.text.tokenizer import Tokenizer
 from smolrun.train import plot
 from smolrun.train.adapters import LoRA
-from smolrun.train.data import Corpus, Progress, Vocabulary, key_of, read_tokenizer, texts
+from smolrun.train.data import (
+    Corpus,
+    Progress,
+    Vocabulary,
+    key_of,
+    read_tokenizer,
+    texts,
+    tokenizer_digest,
+)
 from smolrun.train.examples import Encoder, examine
 from smolrun.train.model import Model, buffer_sizes
 from smolrun.train.objective import DPO
@@ -311,7 +319,7 @@ def _tokenizer(recipe: Pretrain, progress: Progress | None) -> Path | None:
     assert recipe.tokenizer.vocab_size is not None
     folder = recipe.run.out / "tokenizer"
     sources = recipe.sources.values()
-    wanted: list[Any] = [key_of(path, source, source.held_out) for source in sources for path in files(source.path)]
+    wanted: list[Any] = [key_of(path, s.field, s.separator, s.held_out) for s in sources for path in files(s.path)]
     wanted.append(recipe.tokenizer.vocab_size)
     made_of = folder / "made_of.json"  # another size or other texts: another tokenizer
     if not made_of.exists() or json.loads(made_of.read_bytes()) != wanted:
@@ -338,8 +346,9 @@ def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | N
     if batch.length > c.max_positions:
         raise OptionError(f"batch.length = {batch.length:,}: the model has {c.max_positions:,} positions")
     tokenizer = Tokenizer.from_source(base.tokenizer, vocab_size=c.vocab_size)
-    encoder = Encoder(recipe.data, tokenizer, ChatTemplate(base.chat_template, tokenizer), batch.length)
-    found = examine(recipe.data, encoder, pairs=isinstance(recipe, Dpo))
+    template, digest = ChatTemplate(base.chat_template, tokenizer), tokenizer_digest(base.tokenizer)
+    encoder = Encoder(recipe.data, tokenizer, template, batch.length, digest)
+    found = examine(recipe.data, encoder, isinstance(recipe, Dpo), progress)
     start, lora, table = None, None, recipe.lora
     if table is not None:
         lora = LoRA(table.rank, table.alpha, table.dropout, table.targets, recipe.run.seed)
@@ -349,13 +358,13 @@ def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | N
             lora = dataclasses.replace(LoRA.of(start, c.n_layers, recipe.run.seed), dropout=table.dropout)
     quantize = table.quantize if table else None
     frozen = sum(m.bytes for m in weights.plan(base, quantize).values()) if lora else 0
-    group = max(sum(len(e.ids) - 1 for e in group) for group in [*found.learnt, *found.held])
-    largest = sum(sorted((sum(len(e.ids) for e in group) for group in found.learnt), reverse=True)[: recipe.rows])
+    sizes = found.learnt.sizes
+    group = int(max(sizes.max(), found.held.sizes.max(initial=0)))
+    largest = int(np.sort(sizes)[-recipe.rows :].sum())
     tokens = max(group, min(batch.at_a_time, largest))  # no larger than the fullest step
-    documents = [len(e.ids) - 1 for group in found.learnt for e in group]
     needed = training_bytes(
         c, tokens, min(batch.length, tokens), lora=lora, recompute=batch.recompute,
-        bf16=batch.precision == "bf16", frozen=frozen, document=sum(documents) // len(documents),
+        bf16=batch.precision == "bf16", frozen=frozen, document=int(found.learnt.lengths.mean()),
     )  # fmt: skip
     if not force:
         check_memory(needed, recipe)
@@ -387,7 +396,7 @@ def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | N
     warnings = [f"{bad.where}: {bad.problem}" for bad in found.bad[:5]]
     if len(found.bad) > 5:
         warnings.append(f"data: {len(found.bad):,} rows cannot be used in all")
-    if not found.held:
+    if not len(found.held):
         warnings.append("data: nothing is held out: nothing to evaluate on")
 
     def export(target: Path) -> None:

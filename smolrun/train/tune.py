@@ -4,14 +4,15 @@ alone; the loss that is held out says when to stop, and which weights were the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from smolrun.errors import OptionError
 from smolrun.files.whole import whole
-from smolrun.train.examples import Example
+from smolrun.train.examples import Example, Groups
 from smolrun.train.model import Batch, Model
 from smolrun.train.objective import DPO, Pairs, evaluate
 from smolrun.train.recipe import Tune
@@ -21,24 +22,24 @@ Group = Sequence[Example]  # what cannot be parted: one example, or a pair
 BEST = "best.npy"
 
 
-def packed(groups: Sequence[Group], tokens: int) -> list[list[Group]]:
+def packed(groups: Iterable[Group], tokens: int) -> Iterator[list[Group]]:
     """Groups in their order, as many in each pass as fit so many tokens.
 
     Raises:
         OptionError: one that does not fit.
     """
-    passes: list[list[Group]] = [[]]
-    room = tokens
+    part, room = list[Group](), tokens
     for group in groups:
         size = sum(len(example.ids) - 1 for example in group)
         if size > tokens:
             raise OptionError(f"{size:,} tokens that belong together, {tokens:,} in a pass: raise batch.tokens")
         if size > room:
-            passes.append([])
-            room = tokens
-        passes[-1].append(group)
+            yield part
+            part, room = [], tokens
+        part.append(group)
         room -= size
-    return passes
+    if part:
+        yield part
 
 
 def batch_of(groups: Sequence[Group]) -> Batch:
@@ -58,8 +59,8 @@ class Feed:
     def __init__(
         self,
         recipe: Tune,
-        learnt: Sequence[Group],
-        held: Sequence[Group],
+        learnt: Groups,
+        held: Groups,
         model: Model,
         score: Callable[[Sequence[Batch]], Facts],
     ) -> None:
@@ -67,7 +68,7 @@ class Feed:
         self.recipe, self._learnt, self._model, self._score = recipe, learnt, model, score
         self.epoch, self.next_ = 0, 0
         self._best, self._worse = float("inf"), 0
-        self.held = [self._batch(groups) for groups in packed(held, model.tokens)] if held else []
+        self.held = [self._batch(groups) for groups in packed(held, model.tokens)]
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
         return batch_of(groups)
@@ -139,26 +140,24 @@ class Feed:
 class PairFeed(Feed):
     """Pairs, each with what the reference says of it: the model as it is before its first step."""
 
-    def __init__(
-        self, recipe: Tune, learnt: Sequence[Group], held: Sequence[Group], model: Model, objective: DPO, kept: bool
-    ) -> None:
+    def __init__(self, recipe: Tune, learnt: Groups, held: Groups, model: Model, objective: DPO, kept: bool) -> None:
         """kept: the reference is the model without its adapters, at any time; else all pairs are scored now."""
         self._said: dict[int, tuple[float, ...]] = {}  # a pair -> log p of both answers under the reference
         self._model, self._kept = model, kept
         if not kept:
-            for groups in packed([*learnt, *held], model.tokens):
+            for groups in packed(chain(learnt, held), model.tokens):
                 self._refer(groups)
         super().__init__(recipe, learnt, held, model, lambda batches: objective.evaluate(model, batches))
 
     def _refer(self, groups: Sequence[Group]) -> None:
         scored = Pairs.score(self._model, batch_of(groups), adapters=not self._kept).reference.reshape(-1, 2)
-        self._said |= {id(group): tuple(pair) for group, pair in zip(groups, scored.tolist(), strict=True)}
+        self._said |= {group[0].number: tuple(pair) for group, pair in zip(groups, scored.tolist(), strict=True)}
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
-        if any(id(group) not in self._said for group in groups):
+        if any(group[0].number not in self._said for group in groups):
             self._refer(groups)
         batch = batch_of(groups)
-        reference = np.array([self._said[id(group)] for group in groups]).reshape(-1)
+        reference = np.array([self._said[group[0].number] for group in groups]).reshape(-1)
         return Pairs(batch.ids, batch.targets, batch.lengths, reference)
 
 
