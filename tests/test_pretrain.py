@@ -73,6 +73,7 @@ strength = 2.0
 tokens = 1500
 mixture = { prose = 3, sums = 1 }
 [[stages]]
+name = "long"
 tokens = 1100
 length = 100
 rope_theta = 50_000
@@ -346,7 +347,9 @@ def test_budgets_are_exact_and_mixtures_kept(recipe: Path, vocabulary: Vocabular
     assert abs(feed.used["prose"] - 1125) <= longest  # 3 : 1, to a document
     assert [feed.due(step) for step in (5, 6, 7, 11)] == [False, True, False, True]
     assert model.thetas == []
+    assert "name" not in feed.facts()
     steps = [feed.next() for _ in range(5)]
+    assert feed.facts() == {"stage": 1, "name": "long", "tokens": 2600, "epoch": pytest.approx(feed.epoch, abs=1e-3)}
     assert model.thetas == [50_000.0] and feed.length == 100 and feed.steps == 11
     assert sum(len(b.ids) for s in steps for b in s) == 1100 and feed.tokens == 2600
 
@@ -499,6 +502,27 @@ def test_stopped_and_gone_on_from(recipe: Path, done: Path, tmp_path: Path) -> N
             assert plan.run(listen=listen, stop=lambda last=last: steps[-1] >= last) == (last == 99)
     assert steps == [1, 2, 3, 4, 5, 6, 7, *range(8, 12)]
     assert curve(out) == curve(done)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_named_and_gone_on_from(
+    recipe: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [f"run.out={tmp_path}/full"]
+
+    def fails(file: object, values: np.ndarray) -> None:
+        with open("/dev/full", "wb", 0) as full:
+            values.tofile(full)
+
+    with tasks.prepare(recipe, changes) as plan:
+        monkeypatch.setattr(np, "save", fails)
+        with pytest.raises(OSError, match=r"step-00000003 cannot be written .*make room"):
+            plan.run()
+    monkeypatch.undo()
+    assert not list((tmp_path / "full" / "checkpoints").iterdir())
+    with tasks.prepare(recipe, changes) as plan:
+        assert plan.run()
+    assert curve(tmp_path / "full") == curve(done)
 
 
 def test_products_in_bf16(recipe: Path, done: Path, tmp_path: Path) -> None:

@@ -147,7 +147,9 @@ class Feed:
 
     def facts(self) -> Facts:
         """Stage and tokens, for the log."""
-        return {"stage": self._stage, "tokens": self.tokens, "epoch": round(self.epoch, 3)}
+        name = self.recipe.stages[self._stage].name
+        named = {"name": name} if name else {}
+        return {"stage": self._stage, **named, "tokens": self.tokens, "epoch": round(self.epoch, 3)}
 
     @property
     def epoch(self) -> float:

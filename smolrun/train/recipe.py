@@ -240,6 +240,7 @@ class Stage:
 
     Attributes:
         tokens: exactly so many, end markers included.
+        name: for the log.
         mixture: source -> weight, in tokens; not given: all sources alike.
         length, rope_theta: from here on, if other than before: a context extension.
     """
@@ -431,7 +432,7 @@ def read_recipe(path: Path, tasks: Mapping[str, type[Recipe]], changes: Sequence
         table = _toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OptionError(f"{path}: no such file") from None
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are such
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are such
         raise OptionError(f"{path}: no TOML: {error}") from None
     for change in changes:
         key, equals, text = change.partition("=")

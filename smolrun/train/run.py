@@ -168,11 +168,15 @@ class Loop:
             return folder
         part = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}.part")
         part.mkdir()
-        for name, values in self.trainer.state().items():
-            with open(part / f"{name}.npy", "xb") as file:
-                np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            for name, values in self.trainer.state().items():
+                with open(part / f"{name}.npy", "xb") as file:
+                    np.save(file, values)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:  # NumPy's own says neither where nor why
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"{folder} cannot be written ({error}): make room, the same command goes on") from error
         state = {"identity": self.identity, "feed": self.feed.state(), "log_bytes": log.sync(), "stop": stop}
         with whole(part / "state.json") as file:
             file.write(json.dumps(state, indent=1).encode())
