@@ -174,9 +174,12 @@ def test_examples_are_encoded_once(tiny: Tiny, tmp_path: Path, pairs: bool, monk
     assert sorted(map(content, chain(*whole))) == sorted(map(content, chain(*groups)))
     assert sorted(e.number for group in whole for e in group) == list(range(len(groups) * (1 + pairs)))
     assert found.learnt.sizes.tolist() == [sum(len(e.ids) - 1 for e in group) for group in found.learnt]
-    valid = examine(Examples(path=str(file), valid=str(file)), encode, pairs)
-    for part in (valid.learnt, valid.held):
-        assert [[content(e) for e in group] for group in part] == [[content(e) for e in group] for group in groups]
+    other = tmp_path / "valid.jsonl"
+    other.write_text(file.read_text().replace("Say", "Tell"))
+    told = [(encode.pair if pairs else encode.example)(row) for row in read_rows(other)]
+    valid = examine(Examples(path=str(file), valid=str(other)), encode, pairs)
+    for part, expected in ((valid.learnt, groups), (valid.held, told)):
+        assert [[content(e) for e in group] for group in part] == [[content(e) for e in group] for group in expected]
 
     def fails(*_: object) -> None:
         raise AssertionError("encoded again")
@@ -189,6 +192,16 @@ def test_examples_are_encoded_once(tiny: Tiny, tmp_path: Path, pairs: bool, monk
     for other in (encoder(tiny, 93)[0], encoder(tiny, 92, chat=False)[0], encoder(tiny, 92, prompt_length=9)[0]):
         with pytest.raises(AssertionError, match="encoded again"):
             examine(data, other, pairs)
+
+
+def test_what_is_held_out_is_not_learnt_though_it_lies_in_both(tiny: Tiny, tmp_path: Path) -> None:
+    """A folder with its own validation file in it."""
+    for name, numbers in (("train", range(12)), ("valid", range(8, 16))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in numbers))
+    found = examine(Examples(path=str(tmp_path), valid=str(tmp_path / "valid.jsonl")), encoder(tiny)[0], False)
+    assert (len(found.learnt), len(found.held), found.again) == (8, 8, 12)
+    kept = {part[0].ids.tobytes() for part in found.learnt}
+    assert not kept & {part[0].ids.tobytes() for part in found.held}
 
 
 def test_packing_keeps_order_and_groups(tiny: Tiny) -> None:

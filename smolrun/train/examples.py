@@ -241,6 +241,7 @@ class Examined:
         learnt, held: to learn, and held out.
         bad: rows that are none.
         cut: examples that were too long.
+        again: rows of `path` that are in `valid` too: they are not learnt.
         digest: of the files' contents and of how they are read.
     """
 
@@ -248,6 +249,7 @@ class Examined:
     held: Groups
     bad: tuple[BadRow, ...]
     cut: int
+    again: int
     digest: str
 
     @property
@@ -281,10 +283,14 @@ def examine(data: Examples, encoder: Encoder, pairs: bool, progress: Progress | 
     own, valid = read(data.path), [] if data.valid is None else read(data.valid)
     documents = Documents("data", [*own, *valid], data.bad_rows, width)
     held = documents.chance[::width] < data.held_out
+    again = np.zeros(len(held), bool)
     if data.valid is not None:
         held = np.arange(len(held)) >= sum(len(file.documents) for file in own) // width
-    learnt, rest = (Groups(documents, width, np.flatnonzero(chosen)) for chosen in (~held, held))
+        digests = documents.records["digest"][::width]
+        again = ~held & np.isin(digests, digests[held])
+    learnt, rest = (Groups(documents, width, np.flatnonzero(chosen)) for chosen in (~held & ~again, held))
     if not len(learnt):
-        raise OptionError(f"data: nothing to learn in {data.path}")
+        but = f" but what is in {data.valid}" if again.any() else ""
+        raise OptionError(f"data: nothing to learn in {data.path}{but}")
     cut = int((documents.records["size"] > documents.lengths).sum())
-    return Examined(learnt, rest, documents.bad, cut, documents.digest)
+    return Examined(learnt, rest, documents.bad, cut, int(again.sum()), documents.digest)

@@ -396,6 +396,8 @@ def _tune(recipe: Recipe, opened: ExitStack, force: bool, progress: Progress | N
     warnings = [f"{bad.where}: {bad.problem}" for bad in found.bad[:5]]
     if len(found.bad) > 5:
         warnings.append(f"data: {len(found.bad):,} rows cannot be used in all")
+    if found.again:
+        warnings.append(f"data: {found.again:,} {what} of data.path are in data.valid too: they are not learnt")
     if not len(found.held):
         warnings.append("data: nothing is held out: nothing to evaluate on")
 
