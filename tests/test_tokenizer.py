@@ -10,15 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tokenizers import Regex
 from tokenizers import Tokenizer as Library
+from tokenizers.pre_tokenizers import Digits, Split
 
 import tiny
 from smolrun.errors import ModelFileError, TokenizerError, UnsupportedModel
 from smolrun.files.checkpoint import TokenizerSource, open_checkpoint
 from smolrun.text.bpe import TableBpe
 from smolrun.text.template import ChatTemplate
-from smolrun.text.tokenizer import MAX_ID, LibraryBpe, Tokenizer, tables
+from smolrun.text.tokenizer import MAX_ID, LibraryBpe, Tokenizer, _code_points, tables
 
 WIKI = Path(__file__).resolve().parents[2] / "shared/data/text/wikitext2/wiki.test.raw"
 
@@ -253,6 +256,21 @@ def test_tables_of_the_other_pre_tokenizer() -> None:
         same(own, library, text)
     with pytest.raises(UnsupportedModel, match="ignore_merges"):
         tables(TokenizerSource(json=json.dumps(edited(model__ignore_merges=True))))
+
+
+def test_code_points_are_the_library_s() -> None:
+    """Asked of each run's ends and their neighbours alone; the planes that are not looked at have none."""
+    classes = [Split(Regex(one), "removed", invert=True) for one in (r"\p{N}", r"\p{L}", r"\s")]
+    digits, own = Digits(individual_digits=True), _code_points()
+    for points in own:
+        borders = np.flatnonzero(np.diff(points))
+        for c in {*borders.tolist(), *(borders + 1).tolist()} - {*range(0xD800, 0xE000)}:
+            found = [bool(one.pre_tokenize_str(chr(c))) for one in classes]
+            found.append(len(digits.pre_tokenize_str(f"a{chr(c)}a")) == 3)
+            assert found == [points[c] for points in own], f"U+{c:04X}"
+    for start in range(0x40000, 0x110000, 1 << 14):
+        text = "".join(map(chr, range(start, start + (1 << 14))))
+        assert not any(one.pre_tokenize_str(text) for one in classes) and len(digits.pre_tokenize_str(text)) == 1
 
 
 def test_tables_that_contradict_each_other_are_refused() -> None:
