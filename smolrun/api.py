@@ -41,7 +41,6 @@ from smolrun.answer import (
 )
 from smolrun.config import ModelConfig
 from smolrun.errors import ContextOverflow, ModelClosed, OptionError, SmolrunError
-from smolrun.files.checkpoint import open_checkpoint
 from smolrun.files.peft import read_adapter
 from smolrun.files.sources import resolve
 from smolrun.generate.batch import Batch, Event, Seat
@@ -51,6 +50,7 @@ from smolrun.generate.speculate import Speculator
 from smolrun.generate.turns import Holder, Turns
 from smolrun.model.llama import Llama
 from smolrun.model.memory import trim
+from smolrun.model.packed import open_model
 from smolrun.session import Session, Sessions, model_digest
 from smolrun.text.dialogue import AnswerMemory, is_answer
 from smolrun.text.template import ChatTemplate
@@ -108,7 +108,7 @@ def load(
     if adapter is None and adapter_scale != 1.0:
         raise OptionError(f"adapter_scale is {adapter_scale}, and there is no adapter")
     with ExitStack() as opened, _uncollected():
-        checkpoint = opened.enter_context(open_checkpoint(resolve(source, offline=offline)))
+        checkpoint = opened.enter_context(open_model(resolve(source, offline=offline), quantize))
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
         template = ChatTemplate(checkpoint.chat_template, tokenizer)
         checkpoint.release()  # the header's pages
@@ -166,7 +166,7 @@ def load_draft(
     progress: Callable[[str, int, int], object] | None,
 ) -> Llama:
     """The draft of a model: it runs on the model's threads, and never while the model runs. `opened` closes it."""
-    checkpoint = opened.enter_context(open_checkpoint(path))
+    checkpoint = opened.enter_context(open_model(path))
     other = Tokenizer.from_source(checkpoint.tokenizer, vocab_size=checkpoint.config.vocab_size)
     if other.vocab_size != tokenizer.vocab_size:
         raise OptionError(

@@ -14,7 +14,6 @@ kernels.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -25,18 +24,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from smolrun.errors import KernelError, OptionError, SmolrunError
-from smolrun.files import packed
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.kernels import bundle, link
 from smolrun.kernels.load import BuildError
 from smolrun.kernels.program import API, PROGRAM
 from smolrun.kernels.target import TIERS, Tier
-from smolrun.model import memory
 from smolrun.model.llama import PRECISION, TEAM_KERNELS, kernel_names
+from smolrun.model.packed import write_model
 from smolrun.model.program import program
 from smolrun.model.weights import Matrix, panels, plan
 from smolrun.text.tokenizer import Tokenizer, tables
@@ -162,7 +157,9 @@ def compile_model(
             names |= {*TEAM_KERNELS, *PROBES}
             _write_kernels(part, link.TARGETS[target], tiers, sorted(names), progress)
             _report(progress, "packing", 0, 1)
-            where = _write_model(part / bundle.MODEL, checkpoint, matrices)
+            formats = {name: m.format for name, m in matrices.items()}
+            words, arena = tables(checkpoint.tokenizer), panels(checkpoint, matrices, quantize)
+            where = write_model(part / bundle.MODEL, checkpoint, arena, words, formats)
             if link.has_c(link.TARGETS[target]):
                 _write_for_c(part, checkpoint, matrices, where, kv)
         version = importlib.metadata.version("smolrun")
@@ -209,38 +206,6 @@ def _write_kernels(
             objects |= link.c_interface(tier, names, target)
             exports += API
         link.link(objects, exports, target, part / _library_name(target, tier))
-
-
-def _write_model(path: Path, checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> dict[str, int]:
-    """The packed model: the tables of the tokenizer on huge pages of their own, then the arena of the weights.
-
-    Returns where each matrix and norm begins.
-    """
-    found = tables(checkpoint.tokenizer)
-    arena = panels(checkpoint, matrices)
-    where, first = dict[str, tuple[int, int]](), 0
-    for name, table in found.items():
-        where[name] = (packed.HEAD + first, table.nbytes)
-        first += -(-table.nbytes // 64) * 64
-    small: NDArray[np.uint8] = np.zeros(-(-first // packed.HEAD) * packed.HEAD, np.uint8)
-    for name, (offset, size) in where.items():
-        small[offset - packed.HEAD :][:size] = found[name]
-    where["weights"] = (packed.HEAD + small.nbytes, arena.whole.nbytes)
-    config, its = checkpoint.config, checkpoint.tokenizer
-    formats = {name: m.format for name, m in matrices.items()}
-    facts = {
-        "version": packed.VERSION,
-        "layout": packed.layout(),
-        "config": dataclasses.asdict(config),
-        "tensors": {name: (formats.get(name, "F32"), *t.shape) for name, t in checkpoint.tensors.items()},
-        "arrays": where,
-        "tokenizer": {"bos_id": its.bos_id, "eos_ids": its.eos_ids, "specials": its.specials},
-        "template": checkpoint.chat_template,
-        "metadata": {"general.name": config.name, "general.license": config.licence},
-    }
-    packed.write(path, packed.head(facts, [small, arena.whole]), [small, arena.whole])
-    inside = memory.offsets({name: len(array) for name, array in arena.arrays.items()})
-    return {name: where["weights"][0] + first for name, first in inside.items()}
 
 
 def _write_for_c(

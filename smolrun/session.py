@@ -26,7 +26,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +68,8 @@ def model_digest(checkpoint: Checkpoint, *, quantize: str | None, kv: str, preci
     """SHA-256 of all that keys and values depend on: every weight as it lies in its file, the shapes, rope and epsilon,
     and how they are loaded. Blocks of 16 MB are hashed on all cores: 1.7 GB/s each with SHA instructions.
     """
+    from concurrent.futures import ThreadPoolExecutor  # 4 ms that a start need not wait for
+
     if checkpoint.packed is not None:
         return hashlib.sha256(repr((checkpoint.packed.digest, kv, precision)).encode()).digest()
     jobs = [
@@ -246,6 +247,7 @@ def _messages(path: Path, text: bytes, vocab_size: int) -> list[Message] | None:
 
 def _write(path: Path, parts: Sequence[Any]) -> None:
     """Parts and their SHA-256 into a file that appears whole or not at all; for its owner's eyes, as a dialogue is."""
+
     digest = hashlib.sha256()
     try:
         with whole(path, private=True) as file:

@@ -44,7 +44,7 @@ def write_model(path: Path, folder: Path) -> None:
     """Panels and program of a checkpoint, as in a bundle."""
     with open_checkpoint(path) as checkpoint:
         matrices = plan(checkpoint, None)
-        found = panels(checkpoint, matrices).arrays
+        found = panels(checkpoint, matrices, None).arrays
         sizes = {name: len(array) for name, array in found.items()}
         where = offsets(sizes)
         file = np.zeros(rounded(sizes), np.uint8)
@@ -356,7 +356,7 @@ def test_infinite_logits_are_an_error(library: Library, tmp_path: Path) -> None:
     write_model(path, tmp_path)
     words = np.fromfile(tmp_path / WEIGHTS, np.int64)
     with open_checkpoint(path) as checkpoint:
-        found = panels(checkpoint, plan(checkpoint, None)).arrays
+        found = panels(checkpoint, plan(checkpoint, None), None).arrays
     norm = offsets({name: len(array) for name, array in found.items()})["output_norm.weight"] // 8
     words[norm] = 0x7F800000
     words.tofile(tmp_path / WEIGHTS)

@@ -18,10 +18,11 @@ from smolrun.cli.table import columns, size
 @verbose_option
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Show what is kept for quick starts: compiled kernels, packed weights, documents as ids (of `smolrun train`).
+    """Show what is kept for quick starts: compiled kernels, packed models (weights, tokenizer), documents as ids (of
+    `smolrun train`).
 
     `smolrun cache clear` deletes it; all of it is made again when it is needed. SMOLRUN_CACHE_DIR moves it,
-    SMOLRUN_CACHE_SIZE bounds the packed weights.
+    SMOLRUN_CACHE_SIZE bounds the packed models.
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -40,19 +40,20 @@ def command(model: str | None, as_json: bool, load: LoadOptions) -> None:
 
 def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
     from smolrun.model import machine, memory
-    from smolrun.model.weights import kept, plan
+    from smolrun.model.packed import Pack
+    from smolrun.model.weights import plan, sizes
 
     config = checkpoint.config
     context = given.get("context", config.max_positions)
     kv = given.get("kv", "f16")
     counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    held: Counter[str] = Counter()
     parameters = 0
     for tensor in checkpoint.tensors.values():
         counts[tensor.format] += 1
-        sizes[tensor.format] += tensor.nbytes
+        held[tensor.format] += tensor.nbytes
         parameters += math.prod(tensor.shape)
-    matrices = plan(checkpoint, given.get("quantize"))
+    matrices, pack = plan(checkpoint, given.get("quantize")), Pack.of(checkpoint, given.get("quantize"))
     shapes = [(matrix.format, matrix.rows, matrix.cols) for matrix in matrices.values()]
     threads = given.get("threads", machine.available_cores())
     memory.check_options(config, context, threads)
@@ -73,8 +74,8 @@ def _facts(checkpoint: Checkpoint, given: Any) -> dict[str, Any]:
         },
         "parameters": parameters,
         "bytes": checkpoint.bytes_total,
-        "formats": {name: {"tensors": counts[name], "bytes": sizes[name]} for name, _ in sizes.most_common()},
-        "packed": kept(checkpoint, matrices).state(),
+        "formats": {name: {"tensors": counts[name], "bytes": held[name]} for name, _ in held.most_common()},
+        "packed": f"packed in {checkpoint.path}" if checkpoint.packed else pack.state(sizes(checkpoint, matrices)),
         "chat_template": checkpoint.chat_template is not None,
         "memory": {"context": context, "kv_format": kv}
         | {name: getattr(needs, name) for name in (*_PARTS, "total")}

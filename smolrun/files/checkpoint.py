@@ -1,18 +1,22 @@
 """A checkpoint, whatever its container: config, tensors under one set of names, tokenizer, chat template.
 
     GGUF file              llama.* and tokenizer.* metadata, q and k rows permuted
-    packed model           what `smolrun compile` makes: panels instead of blocks, and no way back
+    packed model           what `smolrun compile` makes: panels instead of blocks, and no way back; or what an earlier
+                           load kept of one of the others, whose tensors are still read from there
     Hugging Face folder    config.json, *.safetensors, tokenizer.json, ... q and k rows half-split
 
 Names are GGUF's: token_embd, output_norm, output, blk.{i}.attn_norm | attn_q | attn_k | attn_v | attn_output |
 ffn_norm | ffn_gate | ffn_up | ffn_down, each + ".weight". Nothing is copied: a tensor is a view of a read-only map.
 """
 
+import hashlib
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,10 @@ END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = {"tokenizer.ggml.tokens": str, "tokenizer.ggml.merges": str, "tokenizer.ggml.token_type": int}
 CONTROL = 3  # GGUF token type of specials
 STEP = 1 << 22  # bytes compared at a time
+ROTARY = (".attn_q.weight", ".attn_k.weight")  # what GGUF keeps in another order
+
+SUFFIXES = (".json", ".jinja", ".safetensors", ".md")  # of a folder's files that a checkpoint is read from
+START, SAMPLES, SAMPLE = 2 << 20, 64, 4096  # bytes of a file, places, and bytes at each, that identify it
 
 HF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 HF_LAYER = {
@@ -103,6 +111,7 @@ class Checkpoint:
     Attributes:
         metadata: GGUF's keys but for the vocabulary, which `tokenizer` holds; for a folder its JSON files by name.
         bytes_total: bytes of all tensors in their files.
+        identity: of its files, see `identity`, when it was opened.
         packed: the open file of a packed model, whose tensors cannot be read but as panels; None for others.
     """
 
@@ -115,11 +124,7 @@ class Checkpoint:
     bytes_total: int
     _files: list[MappedFile] = field(default_factory=list, repr=False)
     packed: PackedModel | None = field(default=None, repr=False)
-
-    @property
-    def identity(self) -> list[tuple[str, int, int, int]]:
-        """MappedFile.identity of each file."""
-        return [file.identity for file in self._files]
+    identity: list[Any] = field(default_factory=list, repr=False)
 
     def release(self) -> None:
         """Take the files' pages out of resident memory; they come back when touched again."""
@@ -150,12 +155,62 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, never raises
         raise ModelNotFound(f"{path}: no such file or folder")
-    if path.is_dir():
-        return _open_folder(path)
-    if path.suffix == ".safetensors":
-        raise ModelFileError(f"{path.name}: weights alone are no model: give the folder that holds config.json too")
-    with open(path, "rb") as file:
-        return _open_packed(path) if file.read(len(MAGIC)) == MAGIC else _open_gguf(path)
+    if not path.is_dir():
+        if path.suffix == ".safetensors":
+            raise ModelFileError(f"{path.name}: weights alone are no model: give the folder that holds config.json too")
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return _open_packed(PackedModel(path))
+    seen = identity(path)  # before it is read: what is written from here on gives it another one
+    checkpoint = _open_folder(path) if path.is_dir() else _open_gguf(path)
+    checkpoint.identity = seen
+    return checkpoint
+
+
+def open_kept(model: PackedModel, path: Path, identity: list[Any]) -> Checkpoint:
+    """The checkpoint at `path` as `model` keeps it: the tokenizer is tables; the files are opened for the blocks of a
+    tensor alone, which raises ModelFileError if they have another `identity` by then.
+
+    Raises:
+        ModelFileError, UnsupportedModel: a damaged or hostile `model`.
+    """
+
+    @cache
+    def source() -> Checkpoint:
+        found = open_checkpoint(path)
+        if found.identity != identity:
+            raise ModelFileError(f"{path.name} was written to since it was loaded: load it again")
+        kept._files += found._files
+        return found
+
+    kept = _open_packed(model, path, lambda name: source().tensors[name])
+    kept.identity = identity
+    return kept
+
+
+def identity(path: Path) -> list[Any]:
+    """What the files of a checkpoint are: other as soon as one of them is written to, appears or goes away.
+
+    Of each its path, size, times of the last write and of the last change (which no program can set back), and a hash
+    of its first 2 MB and of 64 places, for file systems whose times say little. Empty if they cannot be read.
+    """
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        return [_identity(file) for file in files]
+    except OSError:
+        return []
+
+
+def _identity(path: Path) -> list[Any]:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path}: not a regular file")
+    with open(path, "rb", buffering=0) as file:
+        state = os.fstat(file.fileno())
+        digest = hashlib.sha256(file.read(START))
+        for place in range(SAMPLES) if state.st_size > START else ():
+            file.seek(state.st_size * place // SAMPLES)
+            digest.update(file.read(SAMPLE))
+    return [os.path.realpath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns, digest.hexdigest()]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -205,9 +260,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         tensors = {}
         for name in shapes:
             info = gguf.tensors[name]
-            permuted = name.endswith((".attn_q.weight", ".attn_k.weight"))
             shard = Shard(gguf.file, info.format.name, info.shape, info.offset, info.nbytes)
-            tensors[name] = _tensor(f"{source}: tensor {name}", name, shard, permuted=permuted)
+            tensors[name] = _tensor(f"{source}: tensor {name}", name, shard, permuted=name.endswith(ROTARY))
         tokenizer = _gguf_tokenizer(metadata, config, source)
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
@@ -349,33 +403,41 @@ def _licence(folder: Folder) -> str:
 # --- packed model ----------------------------------------------------------------------------------------------------
 
 
-def _open_packed(path: Path) -> Checkpoint:
-    model = PackedModel(path)
+def _open_packed(
+    model: PackedModel, path: Path | None = None, original: Callable[[str], Tensor] | None = None
+) -> Checkpoint:
+    """path, original: of the checkpoint that it was made from, where its tensors can be read from that."""
     try:
-        facts, source = model.facts, path.name
+        facts, path = model.facts, path or model.file.path
+        source = path.name
         config = ModelConfig.from_facts(facts["config"], source=source)
         shapes = {name: tuple(shape) for name, (_, *shape) in facts["tensors"].items()}
         _check(source, expected_shapes(config), shapes)
 
-        def refuse() -> np.ndarray:
-            raise UnsupportedModel(f"{source} holds panels for the kernels alone: use the checkpoint it was made from")
+        def read(name: str) -> np.ndarray:
+            if original is None:
+                refused = f"{source} holds panels for the kernels alone: use the checkpoint it was made from"
+                raise UnsupportedModel(refused)
+            return original(name).raw
 
-        def release() -> None:
-            """Other processes may be using it."""
+        def release(name: str) -> None:
+            if original is not None:  # other processes may be using a bundle's
+                original(name).release()
 
         tensors = {}
         for name, (format, *shape) in facts["tensors"].items():
             nbytes = FORMATS[format].row_bytes(shape[-1]) * math.prod(shape[:-1])
-            tensors[name] = Tensor(name, format, shapes[name], nbytes, False, refuse, release)
+            permuted = facts.get("permuted", False) and name.endswith(ROTARY)
+            does = partial(read, name), partial(release, name)
+            tensors[name] = Tensor(name, format, shapes[name], nbytes, permuted, *does)
         tables = {name: model.array(name) for name in facts["arrays"] if name != "weights"}
         special = facts["tokenizer"]
         tokenizer = TokenizerSource(
             tables=tables, bos_id=special["bos_id"], eos_ids=tuple(special["eos_ids"]), specials=special["specials"]
         )
         total = sum(tensor.nbytes for tensor in tensors.values())
-        return Checkpoint(
-            path, config, tensors, tokenizer, facts["template"], facts["metadata"], total, [model.file], model
-        )
+        files, packed = ([model.file], model) if original is None else ([], None)
+        return Checkpoint(path, config, tensors, tokenizer, facts["template"], facts["metadata"], total, files, packed)
     except BaseException:
         model.file.close()
         raise

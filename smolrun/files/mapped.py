@@ -18,7 +18,6 @@ class MappedFile:
 
     Attributes:
         size: bytes.
-        identity: path, size, times of the last write and the last change (ns): other after the file was written to.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,8 +26,7 @@ class MappedFile:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise ModelFileError(f"{path.name}: not a regular file")
             with open(path, "rb") as file:
-                state = os.fstat(file.fileno())
-                if state.st_size == 0:
+                if os.fstat(file.fileno()).st_size == 0:
                     raise ModelFileError(f"{path.name}: the file is empty {AGAIN}")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
@@ -36,7 +34,6 @@ class MappedFile:
         except OSError as error:
             raise ModelFileError(f"{path.name}: cannot be read: {error.strerror or error}") from error
         self.size = len(self._map)
-        self.identity = (os.path.realpath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
     def memory(self) -> memoryview:
         """The whole map; release it (`with`) before close."""

@@ -1,4 +1,4 @@
-"""The file of packed weights: arrays as they lie in memory, to be mapped and used where they are.
+"""The file of a packed model: arrays as they lie in memory, to be mapped and used where they are.
 
     offset   bytes
     0        8      "smolpack"
@@ -11,8 +11,7 @@
 All numbers are little-endian. "sums": for each MB after the head, the last one shorter, the sum of its 8-byte words
 modulo 2^64: at 10 GB/s they find damage, not intent.
 
-The cache of a machine (model/packed.py) and a *packed model* (smolrun compile) are such files. The latter is a whole
-checkpoint, with these words of JSON more:
+Such a file is a *packed model*, a whole checkpoint. Its words of JSON:
 
     "version"     1; another one is refused
     "layout"      hash of the sources that define panels: others would read other weights
@@ -23,6 +22,12 @@ checkpoint, with these words of JSON more:
     "tokenizer"   {"bos_id", "eos_ids", "specials"}
     "template"    the chat template, or null
     "metadata"    names, for people
+
+What `smolrun compile` makes is one that stands for itself. What a load keeps for the next one (model/packed.py) belongs
+to files that are still there, and has these words more:
+
+    "source"      their identity (files/checkpoint.py); "model", their path; "tensors" has the formats there
+    "permuted"    whether rows of q and k are in GGUF's order there
 """
 
 from __future__ import annotations
@@ -56,9 +61,16 @@ AGAIN = "(compile the bundle again, or copy it again)"
 
 
 def head(facts: Mapping[str, Any], pieces: Sequence[Bytes]) -> bytes:
-    """What a file of these pieces begins with. All but the last fill huge pages: multiples of HEAD bytes."""
+    """What a file of these pieces begins with. All but the last fill huge pages: multiples of HEAD bytes.
+
+    Raises:
+        ModelFileError: the facts are too long.
+    """
     text = json.dumps({**facts, "sums": [one for piece in pieces for one in sums(piece)]}).encode()
-    return (MAGIC + LENGTH.pack(len(text)) + text + hashlib.sha256(text).digest()).ljust(HEAD, b"\0")
+    start = MAGIC + LENGTH.pack(len(text)) + text + hashlib.sha256(text).digest()
+    if len(start) > HEAD:
+        raise ModelFileError(f"{len(start):,} bytes of names, template and sums: at most {HEAD:,} can be packed")
+    return start.ljust(HEAD, b"\0")
 
 
 def sums(piece: Bytes) -> list[int]:

@@ -136,7 +136,7 @@ class Llama:
         except (kernels.BuildError, RuntimeError) as error:
             raise KernelError(f"{error} (see `smolrun warmup -v`)") from error
         self.weights = Weights(
-            c, checkpoint, matrices, lambda f, n: code[matmul_name(f, n)], terms, self.threads,
+            c, checkpoint, matrices, lambda f, n: code[matmul_name(f, n)], terms, self.threads, quantize,
             (lambda done, all_: progress("load", done, all_)) if progress else None,
         )  # fmt: skip
         self.formats = sorted({m.format for m in matrices.values()})

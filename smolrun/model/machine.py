@@ -10,7 +10,6 @@ import ctypes
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -285,6 +284,8 @@ def _elsewhere() -> Room | None:
 
 def _said(*command: str) -> str:
     """What a command of the system says; "" where there is none, or it does not answer."""
+    import subprocess  # 3 ms that most starts need not wait for
+
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
     except (OSError, subprocess.SubprocessError):

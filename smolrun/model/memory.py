@@ -3,13 +3,14 @@
     weights     panels of every matrix, touched whole by every token
     kv          pages of 64 positions, zero until a sequence reaches them
     scratch     buffers of a pass of CHUNK positions, and the threads'
-    process     Python, NumPy, tokenizer, the kernels' code
+    process     Python, NumPy, the tokenizer's tables, the kernels' code
 
 *What counts.* The peak of resident memory (VmHWM), which is what a full device kills by. Weights count in full even
 where they are a read-only map of the packed file: the system may take such pages back and all processes share one copy
 of them, but every token reads every one, so a model whose weights do not stay in memory runs at the speed of the disk.
 What lies in the page cache counts as free: it becomes ours without another copy. The model's own file does not count,
-its pages are given back as soon as they are packed.
+its pages are given back as soon as they are packed. The first load of a model, which reads its vocabulary, takes
+PROCESS_TOKEN more for each token.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from smolrun.model import machine
 LEAST_CONTEXT = 512  # positions; the default goes no lower, however little memory there is
 CHUNK = 256  # positions of one prefill pass: weights are read once per chunk, activations stay in the L2 cache
 SEGMENTS = 32  # sequences of one pass
-PROCESS = 46_000_000  # bytes of Python, NumPy, the tokenizers library and the kernels' code, on Linux
-PROCESS_TOKEN = 500  # bytes for each token of the vocabulary, as texts, merges and the tables made of them
+PROCESS = 42_000_000  # bytes of Python, NumPy, the tokenizer's tables and the kernels' code, on Linux
+PROCESS_TOKEN = 600  # bytes for each token of a vocabulary that is read anew: texts, merges and what is made of them
 
 Shapes = Sequence[tuple[str, int, int]]  # (format, rows, cols) of every weight matrix
 
@@ -136,8 +137,7 @@ def estimate(
     used = context if filled is None else min(filled, context)
     sizes = buffer_sizes(config, chunk=CHUNK, terms=2, threads=threads, context=context)
     one = sizes | {"parts": sizes["parts"] // SEGMENTS}
-    process = PROCESS + PROCESS_TOKEN * config.vocab_size
-    return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), process)
+    return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), PROCESS)
 
 
 def check_threads(threads: int) -> None:

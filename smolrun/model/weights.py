@@ -15,7 +15,7 @@ from smolrun.kernels.block import HEAD_DIM, LAYER, MATRICES, L, W
 from smolrun.kernels.formats import FORMATS, dequantize_ref, quantize_ref
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS, pack
 from smolrun.model.memory import Arena, panel_bytes, rounded
-from smolrun.model.packed import Pack, pack_of
+from smolrun.model.packed import Pack
 
 QUANTIZE = {"q4_0": "Q4_0", "q4_1": "Q4_1", "q8_0": "Q8_0", "f16": "F16", "bf16": "BF16", "f32": "F32"}
 CLAIM_BYTES = 128 << 10  # panels of one claim: they stay in the L2 cache while all tokens pass over them
@@ -109,36 +109,41 @@ def plan(checkpoint: Checkpoint, quantize: str | None) -> dict[str, Matrix]:
     return matrices
 
 
-def kept(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> Pack:
-    """Where the panels and norms of a checkpoint are kept between loads."""
+def sizes(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> dict[str, int]:
+    """Bytes of the panels and norms of a checkpoint, in the order of their arena."""
     norms = [n for n, t in checkpoint.tensors.items() if len(t.shape) == 1]
-    sizes = {name: m.bytes for name, m in matrices.items()} | dict.fromkeys(norms, 4 * checkpoint.config.dim)
-    if checkpoint.packed is not None:
-        return Pack(checkpoint.path, str(checkpoint.path), sizes)
-    return pack_of(checkpoint, {name: m.format for name, m in matrices.items()}, sizes)
+    return {name: m.bytes for name, m in matrices.items()} | dict.fromkeys(norms, 4 * checkpoint.config.dim)
 
 
 def panels(
-    checkpoint: Checkpoint, matrices: Mapping[str, Matrix], progress: Callable[[int, int], object] | None = None
+    checkpoint: Checkpoint,
+    matrices: Mapping[str, Matrix],
+    quantize: str | None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Arena:
     """Panels and norms of a checkpoint: where they lie in a packed model's file, else from the cache or packed now.
+
+    Args:
+        matrices: from `plan` with this `quantize`.
+        progress: called with (bytes packed, bytes to pack).
 
     Raises:
         ModelFileError: a packed model that is damaged.
     """
-    pack = kept(checkpoint, matrices)
+    its = sizes(checkpoint, matrices)
     if checkpoint.packed is not None:
         found = checkpoint.packed.array("weights")
-        if len(found) != rounded(pack.sizes):
-            raise ModelFileError(
-                f"{checkpoint.path.name}: {len(found):,} bytes of weights, {rounded(pack.sizes):,} expected"
-            )
-        return Arena(pack.sizes, found)
-    arena = pack.read()
+        if len(found) != rounded(its):
+            raise ModelFileError(f"{checkpoint.path.name}: {len(found):,} bytes of weights, {rounded(its):,} expected")
+        return Arena(its, found)
+    pack = Pack.of(checkpoint, quantize)
+    arena = pack.read(its)
     if arena is None:
-        arena = Arena(pack.sizes)
+        words = pack.prepare(checkpoint, its)
+        arena = Arena(its)
         _fill(arena, checkpoint, matrices, progress)
-        pack.write(arena)  # what cannot be kept is packed again; `smolrun info` says so
+        if words is not None:  # what cannot be kept is packed again; `smolrun info` says so
+            pack.write(checkpoint, arena, words)
     return arena
 
 
@@ -218,7 +223,7 @@ class Weights:
     Args:
         config: the model.
         checkpoint: open; not needed afterwards.
-        matrices: from `plan`.
+        matrices: from `plan` with this `quantize`.
         kernel: (format, int8 terms of the activations, 0 for f32) -> address of the matmul kernel.
         terms: (format, matrix: one of MATRICES or "head") -> int8 terms.
         threads: claims are cut so that every thread gets several.
@@ -232,10 +237,11 @@ class Weights:
         kernel: Callable[[str, int], int],
         terms: Callable[[str, str], int],
         threads: int,
+        quantize: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         self.bytes = sum(m.bytes for m in matrices.values())
-        self._arena = arena = panels(checkpoint, matrices, progress)
+        self._arena = arena = panels(checkpoint, matrices, quantize, progress)
         self.tables = tables(config, matrices, arena.address, kernel, terms, threads)
 
     def adapt(self, words: NDArray[np.int64] | None) -> None:

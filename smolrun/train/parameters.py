@@ -142,7 +142,7 @@ class Frozen:
     def __init__(self, checkpoint: Checkpoint, quantize: str | None) -> None:
         """quantize: as smolrun.load."""
         self._planned = weights.plan(checkpoint, quantize)
-        self._arena = weights.panels(checkpoint, self._planned)
+        self._arena = weights.panels(checkpoint, self._planned, quantize)
 
     @property
     def formats(self) -> set[str]:
