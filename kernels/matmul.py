@@ -49,6 +49,7 @@ from .simd import (
     emit_half_to_f32,
     emit_hidden,
     emit_load_as_f32,
+    emit_prefetch,
     get_f32,
     i32x16,
     load,
@@ -92,6 +93,11 @@ class Record:
             self.planes = b.add(record, b.mul(self.within, ir.Constant(I64, panel.block_bytes)))
         self.scales = at(b, record, panel.blocks * panel.block_bytes)
         self.loaded: dict[int, ir.Value] = {}
+
+    def prefetch_scales(self) -> None:
+        """Of the next blocks: they lie behind their planes, where the prefetch of a stream comes to them too late."""
+        ahead = self.b.add(self.scales, self.b.shl(self.within, ir.Constant(I64, 6)))
+        emit_prefetch(self.b, at(self.b, ahead, self.panel.record_bytes))
 
     def forget(self) -> None:
         """Load the planes again from here on."""
@@ -227,6 +233,8 @@ def _int8_block(
     for part in range(len(acc[0])):
         records = [at(b, emit_hidden(b, x) if part else x, record_bytes(terms) * t) for t in range(len(acc))]
         record = Record(b, panel, w, block, part * rows, rows)
+        if len(acc) == 1 and panel.blocks > 1:
+            record.prefetch_scales()
         for group in range(BLOCK // panel.group):
             sums = _sums(b, record, group, terms, records)
             scale, minimum = record.scale(group)
