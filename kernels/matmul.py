@@ -66,6 +66,8 @@ i64 = types.int64
 
 D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(0, 28, 4)  # byte offsets behind the integers of a record
 HALVES = (LOW32, HIGH32)
+# A tile of few tokens reads its weights from memory, too slowly for the hardware to look far enough ahead: it is told
+FEW, AHEAD = range(2, 9), 4096
 FLOAT_STEP = 2  # k of one round of the f32 tile; with more LLVM keeps the weights of all of them on the stack
 Sums = list[list[ir.Value]]  # addresses of f32 sums, of each token by parts of the rows
 MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
@@ -235,6 +237,9 @@ def _int8_block(
         record = Record(b, panel, w, block, part * rows, rows)
         if len(acc) == 1 and panel.blocks > 1:
             record.prefetch_scales()
+        if len(acc) in FEW:
+            for line in range(0, panel.record_bytes // panel.blocks, 64):
+                emit_prefetch(b, at(b, record.planes, AHEAD + line))
         for group in range(BLOCK // panel.group):
             sums = _sums(b, record, group, terms, records)
             scale, minimum = record.scale(group)
@@ -272,6 +277,8 @@ def _emit_tile(
         with cgutils.for_range(b, b.mul(nb, ir.Constant(I64, BLOCK // FLOAT_STEP)), intp=I64) as loop:
             k = b.mul(loop.index, ir.Constant(I64, FLOAT_STEP))
             start, first = b.add(w, b.mul(k, ir.Constant(I64, size))), b.add(x, b.mul(k, step))
+            if tokens in FEW:
+                emit_prefetch(b, at(b, start, AHEAD))
             for kk in range(FLOAT_STEP):
                 weights = emit_load_as_f32(b, at(b, start, size * kk), panel.name)
                 row = b.add(first, b.mul(step, ir.Constant(I64, kk)))
