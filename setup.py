@@ -11,7 +11,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 COMPILE = ["ziglang>=0.13"]  # lld, the linker of `smolrun compile`, where none is on PATH
-TEST = ["pytest>=8", "ruff", "mypy", "gguf", "pexpect", *COMPILE, "pyarrow>=15", "tomli>=2; python_version < '3.11'"]
+TRAIN = ["matplotlib>=3.8", "pyarrow>=15", "tomli>=2; python_version < '3.11'"]  # plots, Parquet, recipes
+TEST = ["pytest>=8", "ruff", "mypy", "gguf", "pexpect", *COMPILE, *TRAIN]
 REFERENCE = [
     "llama-cpp-python==0.3.36"
 ]  # the peer of `smolrun verify` and `smolrun bench --compare`; compiles C++ when installed
@@ -47,7 +48,7 @@ setup(
         "reference": REFERENCE,
         "compile": COMPILE,
         "plot": ["matplotlib>=3.8"],
-        "train": ["matplotlib>=3.8", "pyarrow>=15", "tomli>=2; python_version < '3.11'"],  # recipes, Parquet, plots
+        "train": TRAIN,
     },
     entry_points={"console_scripts": ["smolrun=smolrun.cli:main"]},
 )

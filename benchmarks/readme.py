@@ -68,7 +68,14 @@ def beside(rows: Iterable[Row], runtimes: Sequence[str]) -> Beside:
                 model = f"{row['size'].upper()} {row['format'].upper()}{setting}"
                 name = family(peer) if family(peer).startswith("llama.cpp") else peer["name"]
                 out.setdefault((model, row["test"], name), {})[row["threads"]] = ours, peer
-    return out
+    return dict(sorted(out.items(), key=lambda item: place(*item[0])))
+
+
+def place(model: str, test: str, peer: str) -> tuple[Any, ...]:
+    """Of a line in a table: the small model first, quantised formats first, prefill, decode, depths."""
+    size, fmt, *setting = model.split(" ", 2)
+    number = float(size[:-1]) * (1000 if size.endswith("B") else 1)
+    return number, fmt.startswith("F"), fmt, setting, "@" in test, test, peer
 
 
 def table(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
