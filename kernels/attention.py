@@ -483,14 +483,14 @@ def make_store_key(kind: str) -> Any:
         return store_float_key
 
     panel = PANELS[kind.upper()]
-    record_bytes, plane_bytes, four = panel.record_bytes, panel.block_bytes, kind == "q4_0"
+    record_bytes, scale_bytes, four = panel.record_bytes, panel.scale_bytes, kind == "q4_0"
 
     @kernel
     def store_key(x, page, inside, scratch):  # type: ignore[no-untyped-def]
         for block in range(HEAD_DIM // BLOCK):
             source = x + 4 * BLOCK * block
             record = page + (inside // LANES * (HEAD_DIM // BLOCK) + block) * record_bytes
-            lane = record + 4 * (inside % LANES)
+            lane = record + scale_bytes + 4 * (inside % LANES)
             d = half_scale(source, four)
             inverse = half_inverse(d)
             for i in range(0, BLOCK, LANES):
@@ -502,7 +502,7 @@ def make_store_key(kind: str) -> Any:
             else:
                 for j in range(8):
                     copy_i32(quads + 4 * j, lane + 64 * j)
-            put_half(record + plane_bytes + 2 * (inside % LANES), d)
+            put_half(record + 2 * (inside % LANES), d)
 
     return store_key
 

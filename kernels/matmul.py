@@ -77,29 +77,28 @@ MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1
 
 
 class Record:
-    """Rows of one block of 16 rows inside IR: where their planes and scales are."""
+    """Rows of one block of 16 rows inside IR: where their planes and scales are.
+
+    record: address of the record; within: number of the block in it.
+    """
 
     def __init__(
-        self, b: ir.IRBuilder, panel: Panel, w: ir.Value, block: ir.Value, first: int = 0, rows: int = ROWS
+        self, b: ir.IRBuilder, panel: Panel, record: ir.Value, within: ir.Value, first: int = 0, rows: int = ROWS
     ) -> None:
         self.b, self.panel, self.first, self.rows = b, panel, first, rows
         self.bytes, self.pairs = ir.VectorType(I8, 4 * rows), ir.VectorType(I16, 2 * rows)
         self.halves, self.eights, self.floats = (ir.VectorType(t, rows) for t in (I16, I8, F32))
-        if panel.blocks == 1:
-            record = b.add(w, b.mul(block, ir.Constant(I64, panel.record_bytes)))
-            self.planes, self.within = record, ir.Constant(I64, 0)
-        else:
-            index = b.sdiv(block, ir.Constant(I64, panel.blocks))
-            record = b.add(w, b.mul(index, ir.Constant(I64, panel.record_bytes)))
-            self.within = b.srem(block, ir.Constant(I64, panel.blocks))
-            self.planes = b.add(record, b.mul(self.within, ir.Constant(I64, panel.block_bytes)))
-        self.scales = at(b, record, panel.blocks * panel.block_bytes)
+        self.scales, self.within = record, within
+        self.planes = b.add(at(b, record, panel.scale_bytes), b.mul(within, ir.Constant(I64, panel.block_bytes)))
         self.loaded: dict[int, ir.Value] = {}
+        self.known: dict[int, tuple[ir.Value, ir.Value | None]] = {}  # scales by group
 
-    def prefetch_scales(self) -> None:
-        """Of the next blocks: they lie behind their planes, where the prefetch of a stream comes to them too late."""
-        ahead = self.b.add(self.scales, self.b.shl(self.within, ir.Constant(I64, 6)))
-        emit_prefetch(self.b, at(self.b, ahead, self.panel.record_bytes))
+    def read(self) -> None:
+        """Load it here, upwards: the hardware fetches a stream ahead as long as it is read in order."""
+        for group in range(BLOCK // self.panel.group):
+            self.scale(group)
+        for offset in range(0, self.panel.block_bytes, 64):
+            self._vector(offset)
 
     def forget(self) -> None:
         """Load the planes again from here on."""
@@ -111,27 +110,22 @@ class Record:
             self.loaded[offset] = load(self.b, at(self.b, self.planes, offset + 4 * self.first), self.bytes)
         return self.loaded[offset]
 
-    def _field(self, vector: ir.Value, shift: int, bits: int) -> ir.Value:
-        """Bits [shift, shift + bits) of every byte."""
+    def _field(self, vector: ir.Value, first: int, bits: int, target: int) -> ir.Value:
+        """Bits [first, first + bits) of every byte, moved to bit `target`; the others are 0."""
         b = self.b
-        if shift and not TIER.x86:
-            vector = b.lshr(vector, const(self.bytes, shift))
-        elif shift:
-            # there is no byte shift: shift pairs, the mask cuts what came from the neighbour
-            wide = b.bitcast(vector, self.pairs)
-            vector = b.bitcast(b.lshr(wide, const(self.pairs, shift)), self.bytes)
-        return b.and_(vector, const(self.bytes, (1 << bits) - 1))
+        # x86 has no byte shift: shift pairs, the mask cuts what came from the neighbour
+        lanes = self.pairs if TIER.x86 else self.bytes
+        if first != target:
+            shift = b.lshr if first > target else b.shl
+            vector = b.bitcast(shift(b.bitcast(vector, lanes), const(lanes, abs(first - target))), self.bytes)
+        return b.and_(vector, const(self.bytes, ((1 << bits) - 1) << target))
 
     def quad(self, j: int, unsigned: bool = False) -> ir.Value:
         """Weights of quad j, rows x 4 k of i8: u where it has fewer than 8 bits; else signed, or 128 added."""
         b, panel, offset, low_bits, value = self.b, self.panel, 0, 0, None
         for bits in panel.planes:
             vector = self._vector(offset + 64 * (j % bits))  # a plane of n bits is n vectors
-            part = vector if bits == 8 else self._field(vector, bits * (j // bits), bits)
-            if low_bits and not TIER.x86:
-                part = b.shl(part, const(self.bytes, low_bits))
-            elif low_bits:
-                part = b.bitcast(b.shl(b.bitcast(part, self.pairs), const(self.pairs, low_bits)), self.bytes)
+            part = vector if bits == 8 else self._field(vector, bits * (j // bits), bits, low_bits)
             value = part if value is None else b.or_(value, part)
             offset, low_bits = offset + 64 * bits, low_bits + bits
         if panel.codebook:
@@ -149,6 +143,11 @@ class Record:
 
     def scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
         """(S, M) of scale group 0 or 1 of the block, f32 of each row; M is None without minimum."""
+        if group not in self.known:
+            self.known[group] = self._scale(group)
+        return self.known[group]
+
+    def _scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
         b, panel, floats = self.b, self.panel, self.floats
         if panel.scales == "d":
             return self._f16(0), None
@@ -173,6 +172,23 @@ class Record:
             scale, low = (b.fmul(f, b.uitofp(n, floats)) for f, n in zip((d, dmin), nibbles, strict=True))
             return scale, b.fneg(low)
         return b.fmul(d, b.sitofp(sub, floats)), None
+
+
+def _each_block(
+    b: ir.IRBuilder, panel: Panel, w: ir.Value, nb: ir.Value,
+    body: Callable[[ir.Value, ir.Value, ir.Value], None], unrolled: bool = False,
+) -> None:  # fmt: skip
+    """body(address of a record, number of a block in it, number of the block in the row group), k upwards."""
+    blocks = ir.Constant(I64, panel.blocks)
+    with cgutils.for_range(b, b.sdiv(nb, blocks), intp=I64) as outer:
+        record = b.add(w, b.mul(outer.index, ir.Constant(I64, panel.record_bytes)))
+        first = b.mul(outer.index, blocks)
+        if unrolled or panel.blocks == 1:
+            for i in range(panel.blocks):
+                body(record, ir.Constant(I64, i), b.add(first, ir.Constant(I64, i)))
+        else:
+            with cgutils.for_range(b, blocks, intp=I64) as inner:
+                body(record, inner.index, b.add(first, inner.index))
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -228,15 +244,18 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
 
 
 def _int8_block(
-    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, block: ir.Value, x: ir.Value, acc: Sums
+    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, within: ir.Value, x: ir.Value, acc: Sums
 ) -> None:
-    """acc[t][i] += the block's dot product with token t, part i of the rows. x: address of the first token's record."""
+    """acc[t][i] += dot product of a block of the record at w with token t, part i of the rows.
+
+    x: address of the first token's record.
+    """
     rows = ROWS // len(acc[0])
     for part in range(len(acc[0])):
         records = [at(b, emit_hidden(b, x) if part else x, record_bytes(terms) * t) for t in range(len(acc))]
-        record = Record(b, panel, w, block, part * rows, rows)
-        if len(acc) == 1 and panel.blocks > 1:
-            record.prefetch_scales()
+        record = Record(b, panel, w, within, part * rows, rows)
+        if len(acc) == 1 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
+            record.read()
         if len(acc) in FEW:
             for line in range(0, panel.record_bytes // panel.blocks, 64):
                 emit_prefetch(b, at(b, record.planes, AHEAD + line))
@@ -270,8 +289,12 @@ def _emit_tile(
         b.store(const(lanes, 0.0), a)
     if terms:
         step = b.mul(slots, ir.Constant(I64, record_bytes(terms)))
-        with cgutils.for_range(b, nb, intp=I64) as loop:
-            _int8_block(b, panel, terms, w, loop.index, b.add(x, b.mul(loop.index, step)), chains[0])
+
+        def accumulate(record: ir.Value, within: ir.Value, block: ir.Value) -> None:
+            _int8_block(b, panel, terms, record, within, b.add(x, b.mul(block, step)), chains[0])
+
+        # a single token: what the blocks of a record share is then loaded and converted once
+        _each_block(b, panel, w, nb, accumulate, unrolled=tokens == 1)
     else:
         size, step = panel.record_bytes // BLOCK, b.mul(slots, ir.Constant(I64, 4))
         with cgutils.for_range(b, b.mul(nb, ir.Constant(I64, BLOCK // FLOAT_STEP)), intp=I64) as loop:
@@ -357,15 +380,14 @@ def make_unpack(name: str) -> Any:
     panel = PANELS[name]
 
     def emit(b: ir.IRBuilder, w: Any, nb: Any, out: Any) -> None:
-        with cgutils.for_range(b, nb, intp=I64) as loop:
-            base = b.add(out, b.mul(loop.index, ir.Constant(I64, BLOCK * ROWS * 4)))
+        def unpack(start: ir.Value, within: ir.Value, block: ir.Value) -> None:
+            base = b.add(out, b.mul(block, ir.Constant(I64, BLOCK * ROWS * 4)))
             if panel.is_float:
-                start = b.add(w, b.mul(loop.index, ir.Constant(I64, panel.record_bytes)))
                 for kk in range(BLOCK):
                     value = emit_load_as_f32(b, at(b, start, panel.record_bytes // BLOCK * kk), panel.name)
                     store(b, at(b, base, kk * ROWS * 4), value)
                 return
-            record = Record(b, panel, w, loop.index)
+            record = Record(b, panel, start, within)
             signed = panel.bits == 8
             for j in range(BLOCK // 4):
                 scale, minimum = record.scale(4 * j // panel.group)
@@ -378,6 +400,8 @@ def make_unpack(name: str) -> Any:
                     if minimum is not None:
                         value = b.fadd(value, minimum)
                     store(b, at(b, base, (4 * j + i) * ROWS * 4), value)
+
+        _each_block(b, panel, w, nb, unpack)
 
     return word(void, [i64] * 3, emit)
 

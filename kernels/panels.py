@@ -1,27 +1,28 @@
 """Panels: the one layout of weights that every CPU reads, and the way from a file's blocks into it and back.
 
 16 rows make a row group. Along k a row group is a row of records; a record holds one 32-wide block of 16 rows
-(K-quants: eight of them) as bit planes, then the scales of the 16 rows. A quad is 4 neighbouring k of one row: 4 bytes,
-one lane of i32x16.
+(K-quants: eight of them) as bit planes, behind the scales of the 16 rows: what a kernel needs first comes first, and
+the hardware fetches ahead a stream that is read in order. A quad is 4 neighbouring k of one row: 4 bytes, one lane of
+i32x16.
 
     8-bit plane, 512 B    vector j (64 B) = quad j of rows 0..15                                   j = 0..7
     4-bit plane, 256 B    vector j        = quad j in the low nibbles, quad j + 4 in the high ones   j = 0..3
     2-bit plane, 128 B    vector u        = quad u + 2 f in bits 2f, 2f + 1                          u = 0..1, f = 0..3
     1-bit plane,  64 B    the one vector  = quad j in bit j                                          j = 0..7
 
-    Q4_0  [4-bit plane][16 x f16 d]                        288 B = 16 x  18, the bytes of the file
-    Q4_1  [4-bit plane][16 x f16 d][16 x f16 m]            320 B = 16 x  20
-    Q8_0  [8-bit plane][16 x f16 d]                        544 B = 16 x  34
-    Q5_0  [4-bit plane][1-bit plane][16 x f16 d]           352 B = 16 x  22
-    Q5_1  [4-bit plane][1-bit plane][16 x f16 d][16 x f16 m]  384 B = 16 x 24
-    Q4_K  8 x [4-bit plane], [8 subs][16 rows] u8, [8 minima][16 rows] u8, [16 x f16 d][16 x f16 dmin]   2,368 B
-    Q5_K  8 x [4-bit plane][1-bit plane], then as Q4_K     2,880 B; both 64 B more than the file, whose subs have 6 bits
-    Q6_K  8 x [4-bit plane][2-bit plane], [16 subs][16 rows] i8, [16 x f16 d]     3,360 B = 16 x 210
-    Q3_K  8 x [2-bit plane][1-bit plane], then as Q6_K     1,824 B, 64 more than the file, whose subs have 6 bits
-    Q2_K  8 x [2-bit plane], [16 subs][16 rows] u8 as in the file, [16 x f16 d][16 x f16 dmin]   1,344 B = 16 x 84
+    Q4_0  [16 x f16 d][4-bit plane]                        288 B = 16 x  18, the bytes of the file
+    Q4_1  [16 x f16 d][16 x f16 m][4-bit plane]            320 B = 16 x  20
+    Q8_0  [16 x f16 d][8-bit plane]                        544 B = 16 x  34
+    Q5_0  [16 x f16 d][4-bit plane][1-bit plane]           352 B = 16 x  22
+    Q5_1  [16 x f16 d][16 x f16 m][4-bit plane][1-bit plane]  384 B = 16 x 24
+    Q4_K  [8 subs][16 rows] u8, [8 minima][16 rows] u8, [16 x f16 d][16 x f16 dmin], 8 x [4-bit plane]   2,368 B
+    Q5_K  as Q4_K, 8 x [4-bit plane][1-bit plane]          2,880 B; both 64 B more than the file, whose subs have 6 bits
+    Q6_K  [16 subs][16 rows] i8, [16 x f16 d], 8 x [4-bit plane][2-bit plane]     3,360 B = 16 x 210
+    Q3_K  as Q6_K, 8 x [2-bit plane][1-bit plane]          1,824 B, 64 more than the file, whose subs have 6 bits
+    Q2_K  [16 subs][16 rows] u8 as in the file, [16 x f16 d][16 x f16 dmin], 8 x [2-bit plane]   1,344 B = 16 x 84
     IQ4_NL  as Q4_0, the nibble being an index into 16 levels      288 B = 16 x 18
-    IQ4_XS  8 x [4-bit plane], [8 subs][16 rows] i8, [16 x f16 d]   2,208 B, 32 more than the file
-    G4_n    n / 32 x [4-bit plane], [16 x f16 d][16 x u8 z]: GPTQ and AWQ   304, 560, 1,072 B, as the file to 3 %
+    IQ4_XS  [8 subs][16 rows] i8, [16 x f16 d], 8 x [4-bit plane]   2,208 B, 32 more than the file
+    G4_n    [16 x f16 d][16 x u8 z], n / 32 x [4-bit plane]: GPTQ and AWQ   304, 560, 1,072 B, as the file to 3 %
     F32, F16, BF16        k vectors of 16 rows
 
 A weight is S * (u - zero) + M with the unsigned u of the planes, or S * codebook[u]. Rows beyond the matrix are zero,
@@ -85,13 +86,18 @@ class Panel:
         return sum(self.planes) * ROWS * BLOCK // 8
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of one record, which it begins with."""
+        subs = self.blocks * BLOCK // self.group
+        each = {"d": 2, "dm": 4, "d_sub": 2 + subs, "dm_sub": 4 + 2 * subs, "dm_sub4": 4 + subs, "dz": 3, "": 0}
+        return ROWS * each[self.scales]
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of one record; for float formats of 32 k."""
         if self.is_float:
             return ROWS * BLOCK * (4 if self.name == "F32" else 2)
-        subs = self.blocks * BLOCK // self.group
-        tail = {"d": 2, "dm": 4, "d_sub": 2 + subs, "dm_sub": 4 + 2 * subs, "dm_sub4": 4 + subs, "dz": 3}[self.scales]
-        return self.blocks * self.block_bytes + ROWS * tail
+        return self.scale_bytes + self.blocks * self.block_bytes
 
 
 def _lanes(per_row: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -114,12 +120,12 @@ def _quads(values: Bytes) -> NDArray[np.uint32]:
 def _pack_q4_0(raw: Bytes) -> Bytes:
     # byte j of a file block holds k = j (low) and k = j + 16 (high): exactly the plane's pairing of quads j and j + 4
     blocks = raw.reshape(len(raw), -1, 18)
-    return _record(_quads(blocks[..., 2:]), _lanes(np.ascontiguousarray(blocks[..., :2]).view("<u2")))
+    return _record(_lanes(np.ascontiguousarray(blocks[..., :2]).view("<u2")), _quads(blocks[..., 2:]))
 
 
 def _pack_q4_1(raw: Bytes) -> Bytes:
     blocks = raw.reshape(len(raw), -1, 20)
-    return _record(_quads(blocks[..., 4:]), _lanes(np.ascontiguousarray(blocks[..., :4]).view("<u2")))
+    return _record(_lanes(np.ascontiguousarray(blocks[..., :4]).view("<u2")), _quads(blocks[..., 4:]))
 
 
 def _plane1(bits: Bytes) -> Bytes:
@@ -135,7 +141,7 @@ def _pack_q5(scale_bytes: int) -> Callable[[Bytes], Bytes]:
         blocks = raw.reshape(len(raw), -1, scale_bytes + 20)
         scales, high, nibbles = np.split(blocks, [scale_bytes, scale_bytes + 4], axis=-1)
         planes = np.concatenate([nibbles, _plane1(np.unpackbits(high, axis=-1, bitorder="little"))], axis=-1)
-        return _record(_quads(planes), _lanes(np.ascontiguousarray(scales).view("<u2")))
+        return _record(_lanes(np.ascontiguousarray(scales).view("<u2")), _quads(planes))
 
     return pack
 
@@ -159,14 +165,14 @@ def _pack_k_with_minima(high_bits: bool) -> Callable[[Bytes], Bytes]:
             bits = (high[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # (rows, records, block, 32)
             planes = np.concatenate([planes, _plane1(bits)], axis=-1)
         quads = _quads(planes.reshape(*blocks.shape[:2], -1))
-        return _record(quads, _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+        return _record(_lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")), quads)
 
     return pack
 
 
 def _pack_q8_0(raw: Bytes) -> Bytes:
     blocks = raw.reshape(len(raw), -1, 34)
-    return _record(_quads(blocks[..., 2:]), _lanes(np.ascontiguousarray(blocks[..., :2]).view("<u2")))
+    return _record(_lanes(np.ascontiguousarray(blocks[..., :2]).view("<u2")), _quads(blocks[..., 2:]))
 
 
 def _plane2(twos: Bytes) -> Bytes:
@@ -192,7 +198,7 @@ def _pack_q6_k(raw: Bytes) -> Bytes:
     nibbles = nibbles.reshape(*nibbles.shape[:2], 8, BLOCK)  # (rows, records, block, 32)
     plane4 = nibbles[..., :16] | (nibbles[..., 16:] << 4)
     planes = np.concatenate([plane4, _plane2(_halves_of_twos(high))], axis=3).reshape(*blocks.shape[:2], -1)
-    return _record(_quads(planes), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+    return _record(_lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")), _quads(planes))
 
 
 def _pack_q3_k(raw: Bytes) -> Bytes:
@@ -204,14 +210,14 @@ def _pack_q3_k(raw: Bytes) -> Bytes:
     nibbles = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], axis=-1)
     top = (packed[..., None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
     subs = (nibbles | (top.reshape(nibbles.shape) << 4)) - np.uint8(32)  # wraps: int8 from here on
-    return _record(_quads(planes), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+    return _record(_lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")), _quads(planes))
 
 
 def _pack_q2_k(raw: Bytes) -> Bytes:
     blocks = raw.reshape(len(raw), -1, 84)
     subs, twos, d = np.split(blocks, [16, 80], axis=-1)
     planes = _plane2(_halves_of_twos(twos)).reshape(*blocks.shape[:2], -1)
-    return _record(_quads(planes), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+    return _record(_lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")), _quads(planes))
 
 
 def _pack_iq4_xs(raw: Bytes) -> Bytes:
@@ -220,14 +226,14 @@ def _pack_iq4_xs(raw: Bytes) -> Bytes:
     top = (np.ascontiguousarray(high).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16)) & 3
     low = np.stack([low & 15, low >> 4], axis=-1).reshape(top.shape)
     subs = (low | (top.astype(np.uint8) << 4)) - np.uint8(32)  # wraps: int8 from here on
-    return _record(_quads(nibbles), _lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")))
+    return _record(_lanes(subs), _lanes(np.ascontiguousarray(d).view("<u2")), _quads(nibbles))
 
 
 def _pack_g4(blocks: int) -> Callable[[Bytes], Bytes]:
     def pack(raw: Bytes) -> Bytes:
         records = raw.reshape(len(raw), -1, 3 + 16 * blocks)
         d = _lanes(np.ascontiguousarray(records[..., :2]).view("<u2"))
-        return _record(_quads(records[..., 3:]), d, _lanes(records[..., 2:3]))
+        return _record(d, _lanes(records[..., 2:3]), _quads(records[..., 3:]))
 
     return pack
 

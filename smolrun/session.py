@@ -42,7 +42,7 @@ from smolrun.model.llama import Llama
 from smolrun.model.machine import available_cores
 
 MAGIC = b"SMOLKV"
-VERSION = 1
+VERSION = 2
 HEAD = struct.Struct("<6sH32sQQQ")
 DIGEST_BYTES = 32
 MOST_DIALOGUE = 1 << 26  # bytes

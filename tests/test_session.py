@@ -118,7 +118,10 @@ def with_dialogue(data, text):
 BENT = {
     "empty": (lambda d: b"", "ends inside the header"),
     "text": (lambda d: b"hello " * 100, "not a session"),
-    "version": (lambda d: bend(d, 6, struct.pack("<H", VERSION + 1)), "version 2, this smolrun reads 1"),
+    "version": (
+        lambda d: bend(d, 6, struct.pack("<H", VERSION + 1)),
+        f"version {VERSION + 1}, this smolrun reads {VERSION}",
+    ),
     "model": (lambda d: bend(d, 8, b"\1" * 32), "of another model"),
     "page size": (lambda d: bend(d, 40, struct.pack("<Q", 64)), "of another model"),
     "no ids": (lambda d: bend(d, 48, struct.pack("<Q", 0)), "bytes expected for 0 ids"),
