@@ -32,13 +32,13 @@ def words(names: str) -> Any:
 # One pass over n tokens of one or more sequences, a segment each. Buffers, f32 unless said, rows of a token one after
 # the other, segment after segment:
 #   x (n, dim)   qkv (n, q_dim + 2 kv_dim), attention writes its output over q   gate, up (n, hidden_dim)   out (n, dim)
-#   act, act_f32: activations as the next matmul reads them (drawn in matmul.py)
+#   act, act_2, act_f32: activations as the next matmuls read them: one int8 term, two, f32 (drawn in matmul.py)
 #   parts (spans, n_heads, PART) of each segment in turn: attention of a single token, its context split over threads
 #   rows: how many of the last tokens out is wanted of; where it is not n, the pass is of one segment
 #   logits (n, 16 head.groups)   softmax (n, n_heads, 2): m and l of each row of attention, for training; or 0
 B = words(
     "team counters threads n rows n_segments segments dim hidden_dim n_layers n_heads n_kv_heads eps tile_f32 tile_1 "
-    "tile_2 max_k ids x act act_f32 qkv parts gate up out logits scratch scratch_bytes "
+    "tile_2 max_k ids x act act_2 act_f32 qkv parts gate up out logits scratch scratch_bytes "
     "layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head softmax"
 )
 
@@ -105,8 +105,8 @@ VALUES_SCRATCH = 2 * 2 * ROW_TILE * PAGE + 4 * PAGE + 64
 # Scratch of a span: scores, the above, int8 records of q (256 bytes a row).
 SPAN_SCRATCH = ROW_TILE * (4 * SPAN + 256) + VALUES_SCRATCH
 # A thread's scratch: attention's q, its span's, partials and a copy of one head; then one row of max_k floats, and as
-# activations of 4 + 4 bytes a float (int8 terms, f32); then an unpacked row group; then u of three adapters; at the end
-# the block and the segment of the rows that are wanted.
+# activations of 4 bytes a float each (two int8 terms, one, f32); then an unpacked row group; then u of three adapters;
+# at the end the block and the segment of the rows that are wanted.
 ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + 2 * PART) + HEAD_DIM) + SPAN_SCRATCH
 
 
@@ -115,4 +115,4 @@ TAIL_BYTES = 8 * (B.size + S.size)
 
 def scratch_bytes(max_k: int) -> int:
     """Bytes of scratch a thread needs for matrices of up to max_k columns; a multiple of a cache line."""
-    return -(-(ATTENTION_SCRATCH + (4 + 8 + 64) * max_k + 3 * 4 * MOST_RANK + TAIL_BYTES) // LINE) * LINE
+    return -(-(ATTENTION_SCRATCH + (4 + 12 + 64) * max_k + 3 * 4 * MOST_RANK + TAIL_BYTES) // LINE) * LINE

@@ -41,7 +41,7 @@ bytes_of_record = kernel(record_bytes)
 @kernel
 def unpacked_of(block, row):  # type: ignore[no-untyped-def]
     """Where a thread unpacks a row group, behind its row of floats and its activations (block.scratch_bytes)."""
-    return row + 12 * get_i64(block + B.max_k)
+    return row + 16 * get_i64(block + B.max_k)
 
 
 PASS = void(i64, i64)
@@ -51,24 +51,26 @@ PASS = void(i64, i64)
 def activations(block, terms, row):  # type: ignore[no-untyped-def]
     """Where the activations of `terms` int8 terms (0: f32) lie: those of a single token in each thread's scratch."""
     if get_i64(block + B.n) == 1:
-        return row + get_i64(block + B.max_k) * (4 if terms else 8)
-    return get_i64(block + (B.act if terms else B.act_f32))
+        return row + 4 * get_i64(block + B.max_k) * (3 - terms)
+    if terms == 0:
+        return get_i64(block + B.act_f32)
+    return get_i64(block + (B.act if terms == 1 else B.act_2))
 
 
 @kernel
-def prepare(block, x, k, t, terms, floats, row):  # type: ignore[no-untyped-def]
-    """Write token t's k floats at x as activations of the next matmuls: int8 of 1 or 2 terms (0: none), and f32 if
-    `floats`. row: the thread's.
+def prepare(block, x, k, t, modes, row):  # type: ignore[no-untyped-def]
+    """Write token t's k floats at x as activations of the next matmuls. modes: bit 1 for one int8 term, bit 2 for two,
+    bit 0 for f32; row: the thread's.
     """
     n = get_i64(block + B.n)
-    if terms:
-        tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2))
-        t0 = t // tile * tile
-        size = bytes_of_record(terms)
-        quantise(
-            x, k, terms, activations(block, terms, row) + (t0 * (k // 32) + t - t0) * size, min(tile, n - t0) * size
-        )
-    if floats:
+    for terms in range(1, 3):
+        if modes & (1 << terms):
+            tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2))
+            t0 = t // tile * tile
+            size = bytes_of_record(terms)
+            out = activations(block, terms, row) + (t0 * (k // 32) + t - t0) * size
+            quantise(x, k, terms, out, min(tile, n - t0) * size)
+    if modes & 1:
         tile = get_i64(block + B.tile_f32)
         t0 = t // tile * tile
         interleave(x, k, activations(block, 0, row) + (t0 * k + t - t0) * 4, min(tile, n - t0) * 4)
@@ -158,7 +160,7 @@ def gated(block, layer, counter, row):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def prepare_row(block, x, t, k, norm, w, readers, terms, floats, split, row):  # type: ignore[no-untyped-def]
+def prepare_row(block, x, t, k, norm, w, readers, modes, split, row):  # type: ignore[no-untyped-def]
     """Activations of one token; the arguments are those of prepare_rows."""
     if split:
         segment = segment_of(block, t)
@@ -168,7 +170,7 @@ def prepare_row(block, x, t, k, norm, w, readers, terms, floats, split, row):  #
     if norm:
         rmsnorm(x, norm, k, get_f32(block + B.eps), row)
         x = row
-    prepare(block, x, k, t, terms, floats, row)
+    prepare(block, x, k, t, modes, row)
     for i in range(readers):
         if get_i64(w + 8 * i * W.size + W.adapter):
             narrow(block, w + 8 * i * W.size, t, x, row)
@@ -179,25 +181,22 @@ def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):
     """Activations of `readers` consecutive matrices from w on, tokens claimed. Returns 1 when the pass was cancelled.
 
     rows: k floats each, `stride` floats apart. norm: weight of an RMSNorm to apply first, or 0. split: rows are
-    attention, that of a single token still in partials. row: the thread's. Those readers that take int8 take the same
-    number of terms: the model's table of precisions is by matrix, not by format.
+    attention, that of a single token still in partials. row: the thread's.
 
     A thread that comes late to a single token may read rows that are being overwritten: then all items of the phase
     that needs them are done, and what it has made is never read.
     """
-    n, terms, floats = get_i64(block + B.n), 0, 0
+    n, modes = get_i64(block + B.n), 0
     for i in range(readers):
-        t = get_i64(w + 8 * i * W.size + W.terms)
-        terms = max(terms, t)
-        floats += t == 0
+        modes |= 1 << get_i64(w + 8 * i * W.size + W.terms)
     if n == 1:
-        prepare_row(block, rows, 0, k, norm, w, readers, terms, floats, split, row)
+        prepare_row(block, rows, 0, k, norm, w, readers, modes, split, row)
         return 0
     while True:
         t = claim(counter, 1)
         if t >= n:
             break
-        prepare_row(block, rows + 4 * t * stride, t, k, norm, w, readers, terms, floats, split, row)
+        prepare_row(block, rows + 4 * t * stride, t, k, norm, w, readers, modes, split, row)
         done(counter, 1)
     return wait(get_i64(block + B.team), counter, n)
 

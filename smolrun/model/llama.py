@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 MODES = ("f32", "int8", "int8x2")  # activations by their int8 terms
 _ALL = (*MATRICES, "head")
-# int8 terms of the activations of each matrix. "fast" keeps two where they buy most, on 4,096 tokens of Q4_0
-# (benchmarks/LOG.md): for the classifier, which prefill runs for one row and decode runs at the speed of memory, and
-# for q, k and v, a sixth of a layer's work. Mean KL to exact 3.7e-3 -> 1.8e-3 (llama.cpp: 3.8e-3), perplexity +0.42 %
-# -> +0.15 %.
-TWO_TERMS = ("q", "k", "v", "head")
+# int8 terms of the activations of each matrix. "fast" keeps two where they buy most (benchmarks/LOG.md): for the
+# classifier, which prefill runs for one row and decode runs at the speed of memory, and for v, a thirtieth of a
+# layer's work. Mean KL to exact 3.7e-3 -> 2.2e-3 (llama.cpp: 3.8e-3), Q4_0.
+TWO_TERMS = ("v", "head")
 PRECISION = {
     "fast": dict.fromkeys(_ALL, 1) | dict.fromkeys(TWO_TERMS, 2),
     "exact": dict.fromkeys(_ALL, 2),
@@ -144,9 +143,7 @@ class Llama:
         self.cache = KVCache(memory.page_bytes(c, kv), self.context)
         self._theta = c.rope_theta
         self._rope_filled = 0
-        sizes = memory.buffer_sizes(
-            c, chunk=chunk, terms=max(PRECISION[precision].values()), threads=self.threads, context=self.context
-        )
+        sizes = memory.buffer_sizes(c, chunk=chunk, threads=self.threads, context=self.context)
         self._width = ROWS * int(self.weights.tables.head[2])  # floats of a row of logits
         self._span_bytes = 4 * c.n_heads * PART
         self._arena = memory.Arena(sizes, huge=False)  # most of it is for long prompts

@@ -92,7 +92,7 @@ def page_bytes(config: ModelConfig, kv: str) -> int:
 
 
 def buffer_sizes(
-    config: ModelConfig, *, chunk: int, terms: int, threads: int, context: int, segments: int = SEGMENTS
+    config: ModelConfig, *, chunk: int, threads: int, context: int, segments: int = SEGMENTS
 ) -> dict[str, int]:
     """Bytes of each buffer of a forward pass; keys are words of the argument block."""
     c, f = config, 4
@@ -105,7 +105,8 @@ def buffer_sizes(
         "qkv": f * chunk * (c.q_dim + 2 * c.kv_dim),
         "gate": f * chunk * c.hidden_dim,
         "up": f * chunk * c.hidden_dim,
-        "act": chunk * (widest // BLOCK) * record_bytes(terms),
+        "act": chunk * (widest // BLOCK) * record_bytes(1),
+        "act_2": chunk * (widest // BLOCK) * record_bytes(2),
         "act_f32": f * chunk * widest,
         "segments": 8 * segments * S.size,
         "parts": f * segments * spans * c.n_heads * PART,
@@ -135,7 +136,7 @@ def estimate(
     """
     weights = sum(panel_bytes(name, rows, cols) for name, rows, cols in tensors)
     used = context if filled is None else min(filled, context)
-    sizes = buffer_sizes(config, chunk=CHUNK, terms=2, threads=threads, context=context)
+    sizes = buffer_sizes(config, chunk=CHUNK, threads=threads, context=context)
     one = sizes | {"parts": sizes["parts"] // SEGMENTS}
     return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), PROCESS)
 

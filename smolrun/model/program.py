@@ -14,7 +14,7 @@ from smolrun.kernels.block import PAGE, SPAN, B
 from smolrun.kernels.panels import ROWS
 from smolrun.kernels.program import ABI, BASE, BLOCK, MAGIC, NAME_BYTES, K, P, based, symbol_id
 from smolrun.model import memory, rope
-from smolrun.model.llama import PRECISION, kernel_names, matmul_name, shape_words, terms_of
+from smolrun.model.llama import kernel_names, matmul_name, shape_words, terms_of
 from smolrun.model.weights import Matrix, Tables, tables
 
 THREADS = 4  # claims of weights are cut for so many
@@ -43,7 +43,7 @@ def program(
         tokens: the bytes of every id.
         ends: ids that end an answer.
     """
-    c, file, buffers = config, np.memmap(weights, np.uint8, "r"), _buffers(config, precision)
+    c, file, buffers = config, np.memmap(weights, np.uint8, "r"), _buffers(config)
     forwards = [kernel_names(matrices, precision, kind)[0] for kind in kv]
     others = kernel_names(matrices, precision, kv[0])[1:]  # classify, the embedding's rows, matrices
     symbols = [*others, *forwards, *TILES]
@@ -120,15 +120,12 @@ def _kind(config: ModelConfig, kv: str, forward: int) -> list[int]:
     return [*name, forward, *sizes]
 
 
-def _buffers(config: ModelConfig, precision: str) -> dict[str, tuple[int, int, int]]:
+def _buffers(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """Buffers of one sequence: name -> bytes, more a thread, more a span of SPAN positions."""
-    terms = max(PRECISION[precision].values())
 
     def sizes(threads: int, spans: int) -> dict[str, int]:
         context = spans * SPAN
-        found = memory.buffer_sizes(
-            config, chunk=memory.CHUNK, segments=1, terms=terms, threads=threads, context=context
-        )
+        found = memory.buffer_sizes(config, chunk=memory.CHUNK, segments=1, threads=threads, context=context)
         del found["rope"]  # a part of the file
         return found | {"table": 8 * (context // PAGE), "logits": 4 * ROWS * -(-config.vocab_size // ROWS)}
 
