@@ -8,7 +8,9 @@ A page holds 64 positions of every layer and KV head:
 Each is stored as f32, f16, bf16, or in blocks of 32 dims of a position as q8_0 (d = max|x| / 127) or q4_0 (d = x / -8
 for the x of largest magnitude), d rounded to f16 first. Their page is
 
-    K  4 row groups of the panel Q8_0 or Q4_0 (panels.py), a position a row: scores are its matmul, q in two int8 terms
+    K  4 row groups of the panel Q8_0 or Q4_0 (panels.py), a position a row: scores are its matmul, q in two int8 terms.
+       Both are turned by a Hadamard matrix first, which changes no score and spreads what is large over all dims
+       (arXiv 2404.00456)
     V  [32 pairs of positions][64 dims][2 positions] i8; for q4_0 [32 pairs][2 blocks][16 dims][2 positions] nibbles of
        q + 8, dim i low and dim i + 16 high; then [2 blocks][64 positions] f16 d, which multiply the softmax's weights
 
@@ -135,6 +137,23 @@ def _sum_of_products(
     for r, row in enumerate(acc):
         for v, a in enumerate(row):
             store(b, out(r, v), b.load(a))
+
+
+def _emit_hadamard(b: ir.IRBuilder, x: ir.Value, out: ir.Value) -> None:
+    parts = [load(b, at(b, x, 64 * i), V16F32) for i in range(HEAD_DIM // LANES)]
+    for far in (2, 1):
+        for i in (i for i in range(len(parts)) if not i & far):
+            low, high = parts[i], parts[i + far]
+            parts[i], parts[i + far] = b.fadd(low, high), b.fsub(low, high)
+    for far in (8, 4, 2, 1):
+        across = ir.Constant(ir.VectorType(I32, LANES), [i ^ far for i in range(LANES)])
+        sign = ir.Constant(V16F32, [-1.0 if i & far else 1.0 for i in range(LANES)])
+        parts = [emit_fma(b, part, sign, b.shuffle_vector(part, part, across)) for part in parts]
+    for i, part in enumerate(parts):
+        store(b, at(b, out, 64 * i), b.fmul(part, const(V16F32, 0.125)))
+
+
+hadamard = word(void, [i64, i64], _emit_hadamard)  # 64 floats times H / 8, which is its own inverse; out may be x
 
 
 def make_scores(rows: int, kind: str) -> Any:
@@ -376,7 +395,8 @@ def make_span(rows: int, key: str, value: str) -> Any:
         records = scaled + VALUES_SCRATCH
         if quantised:
             for r in range(rows):
-                quantise(q + 4 * HEAD_DIM * r, HEAD_DIM, 2, records + Q_RECORD * r, Q_RECORD * rows)
+                hadamard(q + 4 * HEAD_DIM * r, scaled)
+                quantise(scaled, HEAD_DIM, 2, records + Q_RECORD * r, Q_RECORD * rows)
         operand = records if quantised else q
         count = (filled + PAGE - 1) // PAGE
         for i in range(count):
@@ -487,8 +507,9 @@ def make_store_key(kind: str) -> Any:
 
     @kernel
     def store_key(x, page, inside, scratch):  # type: ignore[no-untyped-def]
+        hadamard(x, scratch)
         for block in range(HEAD_DIM // BLOCK):
-            source = x + 4 * BLOCK * block
+            source = scratch + 4 * BLOCK * block
             record = page + (inside // LANES * (HEAD_DIM // BLOCK) + block) * record_bytes
             lane = record + scale_bytes + 4 * (inside % LANES)
             d = half_scale(source, four)

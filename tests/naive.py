@@ -250,6 +250,14 @@ def stored(x: np.ndarray, kind: str) -> np.ndarray:
     return (q * d.astype(np.float64)).reshape(x.shape)
 
 
+def hadamard(n: int) -> np.ndarray:
+    """Sylvester's matrix of a power of two, divided by its square root: orthogonal and symmetric."""
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h / np.sqrt(n)
+
+
 def forward(
     config: ModelConfig, weights: dict[str, np.ndarray], ids: list[int], kv: tuple[str, str] = ("f32", "f32")
 ) -> np.ndarray:
@@ -268,10 +276,11 @@ def forward(
         layer = {name.split(".")[2]: value for name, value in w.items() if name.startswith(f"blk.{i}.")}
         h = rmsnorm(x, layer["attn_norm"], c.norm_eps)
         q, k, v = (heads(matmul(layer[name], h)) for name in ("attn_q", "attn_k", "attn_v"))
-        q = rope(q, angle)
-        if kv[0] in ("q8_0", "q4_0"):  # its scores are an int8 matmul of two terms
+        q, k = rope(q, angle), rope(k, angle)
+        if kv[0] in ("q8_0", "q4_0"):  # both turned alike; the scores are an int8 matmul of two terms
+            q, k = q @ hadamard(HEAD_DIM), k @ hadamard(HEAD_DIM)
             q = seen(q.reshape(-1, HEAD_DIM), 2).reshape(q.shape)
-        out = attention(q, stored(rope(k, angle), kv[0]), stored(v, kv[1]))
+        out = attention(q, stored(k, kv[0]), stored(v, kv[1]))
         x = x + matmul(layer["attn_output"], out.swapaxes(0, 1).reshape(n, -1))
         h = rmsnorm(x, layer["ffn_norm"], c.norm_eps)
         x = x + matmul(layer["ffn_down"], swiglu(matmul(layer["ffn_gate"], h), matmul(layer["ffn_up"], h)))
