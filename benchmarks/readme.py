@@ -122,7 +122,7 @@ def speed(pairs: Beside) -> str:
 def in_words(test: str) -> str:
     """`decode at a depth of 7,680` of llama-bench's `tg32@d7680`."""
     kind, size, depth = re.fullmatch(r"(pp|tg)(\d+)(?:@d(\d+))?", test).groups()  # type: ignore[union-attr]
-    words = f"prefill of {size}" if kind == "pp" else "decode"
+    words = f"prefill of {int(size):,}" if kind == "pp" else "decode"
     return f"{words} at a depth of {int(depth):,}" if depth else words
 
 
