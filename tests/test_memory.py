@@ -134,10 +134,10 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path: Path, monkeypatch: 
         ("1.7b", "Q4_0", 8192, 2000, ["context=4992", 'kv="q8_0"']),
         ("1.7b", "Q4_0", 8192, 1500, ["context=2432", 'kv="q4_0"']),
         ("1.7b", "Q8_0", 2048, 1500, ["the file as Q4_0 (smolrun quantize --format q4_0)"]),
-        ("1.7b", "F16", 8192, 1200, ['quantize="q4_0" with context=960']),
-        ("1.7b", "F16", 8192, 1100, ['quantize="q4_0" with kv="q8_0" and context=832']),
+        ("1.7b", "F16", 8192, 1200, ['quantize="q4_0" with context=896']),
+        ("1.7b", "F16", 8192, 1100, ['quantize="q4_0" with kv="q8_0" and context=768']),
         ("1.7b", "Q4_0", 8192, 900, []),
-        ("135m", "F16", 8192, 200, ['quantize="q8_0" with context=1984']),
+        ("135m", "F16", 8192, 200, ['quantize="q8_0" with context=1920']),
         ("135m", "Q8_0", 256, 150, ["the file as Q4_0 (smolrun quantize --format q4_0)"]),
     ],
 )
