@@ -119,9 +119,9 @@ def product(block, w, g, end, y, y_stride, add, row):  # type: ignore[no-untyped
 @kernel
 def groups_and_step(block, w):  # type: ignore[no-untyped-def]
     """Row groups of a matrix, and of one claim: long runs of memory for a single token, else what stays in L2."""
-    groups = get_i64(w + W.groups)
-    if get_i64(block + B.n) == 1:
-        claims = 2 * get_i64(get_i64(block + B.team) + T.threads)
+    groups, n = get_i64(w + W.groups), get_i64(block + B.n)
+    if n < get_i64(block + B.tile_1):
+        claims = (2 if n == 1 else 4) * get_i64(get_i64(block + B.team) + T.threads)
         return groups, (groups + claims - 1) // claims
     return groups, get_i64(w + W.step)
 

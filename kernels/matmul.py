@@ -67,7 +67,8 @@ i64 = types.int64
 D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(0, 28, 4)  # byte offsets behind the integers of a record
 HALVES = (LOW32, HIGH32)
 # A tile of few tokens reads its weights from memory, too slowly for the hardware to look far enough ahead: it is told
-FEW, AHEAD = range(2, 9), 4096
+FEW, AHEAD = range(3, 9), 16384
+TOGETHER = 4  # tokens whose two terms are summed at the same time where there are 16 registers or more
 FLOAT_STEP = 2  # k of one round of the f32 tile; with more LLVM keeps the weights of all of them on the stack
 Sums = list[list[ir.Value]]  # addresses of f32 sums, of each token by parts of the rows
 MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
@@ -217,13 +218,14 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
     def starts() -> list[ir.Value]:
         return [_start(b, panel, group, at(b, token, BLOCK * terms), rows) for token in x]
 
-    if not TIER.x86:  # few registers: both terms at once, and weights stay in none for long
-        many = panel.group == 16 or len(x) * terms > 2
+    if not TIER.x86 or len(x) <= TOGETHER:  # both terms at once: sums that do not wait for each other
+        # AArch64 has few registers: weights stay in none for long
+        many = TIER.x86 or panel.group == 16 or len(x) * terms > 2
         both = [dots(b, panel, zeros if term < terms - 1 else starts()) for term in range(terms)]
         for j in order if many else sorted(order, key=lambda j: (j % panel.planes[0] // dots.step, j)):
-            if many and j == 4:
+            if not TIER.x86 and many and j == 4:
                 record.forget()
-            w = record.quad(j)
+            w = record.quad(j, dots.unsigned)
             for term, sums in enumerate(both):
                 sums.add(j, w, [at(b, token, BLOCK * term) for token in x])
         totals = [[sums.total(t) for t in range(len(x))] for sums in both]
@@ -252,9 +254,11 @@ def _int8_block(
     """
     rows = ROWS // len(acc[0])
     for part in range(len(acc[0])):
-        records = [at(b, emit_hidden(b, x) if part else x, record_bytes(terms) * t) for t in range(len(acc))]
+        # hidden, LLVM does not keep an address in a register for each block of a record that it has unrolled
+        first = emit_hidden(b, x) if part or (terms == 2 and len(acc) == 1) else x
+        records = [at(b, first, record_bytes(terms) * t) for t in range(len(acc))]
         record = Record(b, panel, w, within, part * rows, rows)
-        if len(acc) == 1 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
+        if len(acc) <= 2 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
             record.read()
         if len(acc) in FEW:
             for line in range(0, panel.record_bytes // panel.blocks, 64):
@@ -360,17 +364,18 @@ def tiled(tile: Any, full: int, group_record: int, slot: int, token_block: int) 
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
         for t0 in range(0, n, full):
-            slots, first, j = min(full, n - t0), x + t0 * nb * token_block, 0
-            while j < slots:
-                tokens = full
-                if slots < full:
-                    tokens = 8
-                    while tokens > slots - j:
-                        tokens //= 2
-                for g in range(g0, g1):
+            slots, first = min(full, n - t0), x + t0 * nb * token_block
+            for g in range(g0, g1):
+                j = 0
+                while j < slots:
+                    tokens = full
+                    if slots < full:
+                        tokens = 8
+                        while tokens > slots - j:
+                            tokens //= 2
                     out = y + ((t0 + j) * y_stride + g * ROWS) * 4
                     tile(tokens, w + g * nb * group_record, nb, first + j * slot, slots, out, y_stride, add)
-                j += tokens
+                    j += tokens
 
     return matmul
 
