@@ -261,8 +261,10 @@ def _int8_block(
         if len(acc) <= 2 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
             record.read()
         if len(acc) in FEW:
-            for line in range(0, panel.record_bytes // panel.blocks, 64):
-                emit_prefetch(b, at(b, record.planes, AHEAD + line))
+            share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
+            place = b.add(w, b.mul(within, ir.Constant(I64, share)))
+            for line in range(0, share, 64):
+                emit_prefetch(b, at(b, place, AHEAD + line))
         for group in range(BLOCK // panel.group):
             sums = _sums(b, record, group, terms, records)
             scale, minimum = record.scale(group)
@@ -443,7 +445,8 @@ def make_peak(terms: int) -> Callable[[int, int], int]:
         with cgutils.for_range(b, steps, intp=I64) as loop:
             turn = b.and_(loop.index, ir.Constant(I64, 3))
             w = b.add(at(b, address, PEAK_BYTES // 2), b.mul(turn, ir.Constant(I64, PEAK_BYTES // 8)))
-            x = [at(b, address, 4 * 4 * PEAK_QUADS * t) for t in range(tokens)]
+            first = emit_hidden(b, address)  # known not to change, all of x would be kept on the stack, 64 bytes a value
+            x = [at(b, first, 4 * 4 * PEAK_QUADS * t) for t in range(tokens)]
             if terms:
                 dots = dots_of(tokens)(b, PANELS["Q4_0"], [b.load(a) for a in acc])
                 for j in range(PEAK_QUADS):
