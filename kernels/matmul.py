@@ -445,7 +445,7 @@ def make_peak(terms: int) -> Callable[[int, int], int]:
         with cgutils.for_range(b, steps, intp=I64) as loop:
             turn = b.and_(loop.index, ir.Constant(I64, 3))
             w = b.add(at(b, address, PEAK_BYTES // 2), b.mul(turn, ir.Constant(I64, PEAK_BYTES // 8)))
-            first = emit_hidden(b, address)  # known not to change, all of x would be kept on the stack, 64 bytes a value
+            first = emit_hidden(b, address)  # else all of x is kept on the stack, 64 bytes a value
             x = [at(b, first, 4 * 4 * PEAK_QUADS * t) for t in range(tokens)]
             if terms:
                 dots = dots_of(tokens)(b, PANELS["Q4_0"], [b.load(a) for a in acc])
