@@ -298,6 +298,32 @@ def _first_lanes(b: ir.IRBuilder, count: ir.Value, kept: ir.Value, rest: ir.Valu
 
 vfirst = word(f32x16, [i64, f32x16, f32x16], _first_lanes)
 
+# x where top > limit, else 0
+vwhere = word(
+    f32x16,
+    [f32x16, f32x16, f32x16],
+    lambda b, top, limit, x: b.select(b.fcmp_ordered(">", top, limit), x, const(V16F32, 0.0)),
+)
+
+
+def _sum_bytes(b: ir.IRBuilder, v: ir.Value) -> ir.Value:
+    """Sum of 16 integers that fit i8: made positive, bytes are what CPUs have a sum of (x86: psadbw)."""
+    signed = b.trunc(v, ir.VectorType(I8, LANES))
+    positive = b.zext(b.xor(signed, const(signed.type, -128)), V16I32)
+    total = b.call(declare(b, "llvm.vector.reduce.add.v16i32", I32, [V16I32]), [positive])
+    return b.sub(total, ir.Constant(I32, 128 * LANES))
+
+
+vsum_i8 = word(i32, [i32x16], _sum_bytes)
+
+
+def _stack(b: ir.IRBuilder) -> ir.Value:
+    with b.goto_entry_block():
+        return b.ptrtoint(b.alloca(V16F32), I64)
+
+
+sixteen_lanes = word(i64, [], _stack)  # address of 64 bytes that live as long as the function that asks for them
+
 # x * 2**n for an integral f32 n in [-126, 127]: n enters the exponent field.
 vscale_pow2 = word(
     f32x16,
