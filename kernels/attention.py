@@ -160,7 +160,7 @@ def make_scores(rows: int, kind: str) -> Any:
     """scores(q, k_page, groups, s, next): s[r][16 g + lane] = q[r] . K[g][:, lane] for g < groups.
 
     q: f32 (rows, 64), or their records where K is quantised; s: f32 rows, SPAN floats apart. All 4 groups of a page are
-    computed where registers allow it.
+    computed at once where registers allow it: for few rows always, or their sums would wait for each other.
     next: address of what is read soon, as many bytes as the page's K. A page is a new stream for the hardware, which
     fetches ahead only within one: without this, decode at depth read the cache at a third of the memory's speed.
     """
@@ -169,29 +169,37 @@ def make_scores(rows: int, kind: str) -> Any:
     size = FLOATS[kind]
     group_bytes = HEAD_DIM * LANES * size
 
+    def emit_groups(b: ir.IRBuilder, q: Any, k: Any, group: Any, s: Any, following: Any, width: int) -> None:
+        first = b.add(k, b.mul(group, ir.Constant(I64, group_bytes)))
+        target = b.add(s, b.mul(group, ir.Constant(I64, 4 * LANES)))
+        coming = b.add(following, b.mul(group, ir.Constant(I64, group_bytes)))
+
+        def left(r: int, d: Any) -> Any:
+            return b.add(at(b, q, 4 * HEAD_DIM * r), b.shl(d, ir.Constant(I64, 2)))
+
+        def right(d: Any, v: int) -> Any:
+            line = b.add(at(b, first, group_bytes * v), b.mul(d, ir.Constant(I64, LANES * size)))
+            return emit_load_as_f32(b, line, kind.upper())
+
+        def out(r: int, v: int) -> Any:
+            return at(b, target, 4 * SPAN * r + 64 * v)
+
+        def ahead(d: Any) -> list[Any]:
+            step = LANES * size * width
+            line = b.add(coming, b.mul(d, ir.Constant(I64, step)))
+            return [at(b, line, 64 * i) for i in range(max(step // 64, 1))]
+
+        _sum_of_products(b, rows, ir.Constant(I64, HEAD_DIM), left, right, width, out, False, ahead)
+
     def emit(b: ir.IRBuilder, q: Any, k: Any, groups: Any, s: Any, following: Any) -> None:
-        steps = b.sdiv(b.add(groups, ir.Constant(I64, WIDTH - 1)), ir.Constant(I64, WIDTH))
+        wide = ir.Constant(I64, WIDTH)
+        steps = b.sdiv(groups if rows == ROW_TILE else b.add(groups, ir.Constant(I64, WIDTH - 1)), wide)
         with cgutils.for_range(b, steps, intp=I64) as loop:
-            first = b.add(k, b.mul(loop.index, ir.Constant(I64, group_bytes * WIDTH)))
-            target = b.add(s, b.mul(loop.index, ir.Constant(I64, 64 * WIDTH)))
-            coming = b.add(following, b.mul(loop.index, ir.Constant(I64, group_bytes * WIDTH)))
-
-            def left(r: int, d: Any) -> Any:
-                return b.add(at(b, q, 4 * HEAD_DIM * r), b.shl(d, ir.Constant(I64, 2)))
-
-            def right(d: Any, v: int) -> Any:
-                line = b.add(at(b, first, group_bytes * v), b.mul(d, ir.Constant(I64, LANES * size)))
-                return emit_load_as_f32(b, line, kind.upper())
-
-            def out(r: int, v: int) -> Any:
-                return at(b, target, 4 * SPAN * r + 64 * v)
-
-            def ahead(d: Any) -> list[Any]:
-                step = LANES * size * WIDTH
-                line = b.add(coming, b.mul(d, ir.Constant(I64, step)))
-                return [at(b, line, 64 * i) for i in range(max(step // 64, 1))]
-
-            _sum_of_products(b, rows, ir.Constant(I64, HEAD_DIM), left, right, WIDTH, out, False, ahead)
+            emit_groups(b, q, k, b.mul(loop.index, wide), s, following, WIDTH)
+        if rows == ROW_TILE and WIDTH > 1:
+            first = b.mul(steps, wide)
+            with cgutils.for_range(b, b.sub(groups, first), intp=I64) as loop:
+                emit_groups(b, q, k, b.add(first, loop.index), s, following, 1)
 
     return word(void, [i64] * 5, emit)
 
@@ -315,16 +323,22 @@ def _make_integer_values(rows: int, kind: str) -> Any:
 
 
 @kernel
-def softmax_part(s, limit, filled, part):  # type: ignore[no-untyped-def]
-    """Scores of one row -> weights in place, and m, l of its partial. limit: positions this row may see, 1..SPAN;
-    filled: positions computed for the tile; weights beyond the limit become 0."""
+def largest(s, limit):  # type: ignore[no-untyped-def]
+    """The largest of `limit` scores of one row, -inf of none."""
     whole = limit // LANES * LANES
     top = vsplat(f32(MINUS_INFINITY))
     for i in range(0, whole, LANES):
         top = vmax(top, vload(s + 4 * i))
     if whole < limit:
         top = vmax(top, vfirst(limit - whole, vload(s + 4 * whole), vsplat(f32(MINUS_INFINITY))))
-    m = vhmax(top)
+    return vhmax(top)
+
+
+@kernel
+def to_weights(s, m, limit, filled):  # type: ignore[no-untyped-def]
+    """Scores of one row -> weights in place; returns their sum. m: the largest score; limit: positions this row may
+    see, 0..SPAN; filled: positions computed for the tile; weights beyond the limit become 0."""
+    whole = limit // LANES * LANES
     total = vsplat(f32(0.0))
     for i in range(0, whole, LANES):
         v = vexp(vload(s + 4 * i) - vsplat(m))
@@ -339,8 +353,7 @@ def softmax_part(s, limit, filled, part):  # type: ignore[no-untyped-def]
     while i < filled:
         vstore(s + 4 * i, vsplat(f32(0.0)))
         i += LANES
-    put_f32(part, m)
-    put_f32(part + 4, vsum(total))
+    return vsum(total)
 
 
 @kernel
@@ -368,10 +381,19 @@ def finish(part, out):  # type: ignore[no-untyped-def]
 @kernel
 def part_of_span(pages, first, count, i, page_offset, value_offset, value_bytes):  # type: ignore[no-untyped-def]
     """Address of what a span reads as number i: its `count` pages of K, those of V, then the next head's K."""
-    page = get_i64(pages + (first // PAGE + i % count) * 8) + page_offset
-    if i < count:
-        return page
-    return page + value_offset + (0 if i < 2 * count else value_bytes)
+    if i >= count:
+        i -= count
+        page_offset += value_offset
+    if i >= count:
+        i -= count
+        page_offset += value_bytes
+    return get_i64(pages + (first // PAGE + min(i, count - 1)) * 8) + page_offset
+
+
+@kernel
+def seen_by(row, group, start):  # type: ignore[no-untyped-def]
+    """How many positions of a span row `row` may see; start: of the first token, from the span's beginning."""
+    return max(min(start + row // group + 1, SPAN), 0)
 
 
 def make_span(rows: int, key: str, value: str) -> Any:
@@ -406,16 +428,12 @@ def make_span(rows: int, key: str, value: str) -> Any:
             scores(operand, page, groups, s + 4 * PAGE * i, ahead)
         padded = (filled + LANES - 1) // LANES * LANES
         for r in range(rows):
-            limit = min(start + (first_row + r) // group + 1 - first, SPAN)
-            part = parts + 4 * PART * r
+            put_f32(parts + 4 * PART * r, largest(s + 4 * SPAN * r, seen_by(first_row + r, group, start - first)))
+        for r in range(rows):
+            part, limit = parts + 4 * PART * r, seen_by(first_row + r, group, start - first)
+            put_f32(part + 4, to_weights(s + 4 * SPAN * r, get_f32(part), limit, padded))
             for d in range(0, HEAD_DIM, LANES):
                 vstore(part + 4 * (16 + d), vsplat(f32(0.0)))
-            if limit > 0:
-                softmax_part(s + 4 * SPAN * r, limit, padded, part)
-            else:
-                put_f32(part + 4, f32(0.0))
-                for j in range(0, padded, LANES):
-                    vstore(s + 4 * (SPAN * r + j), vsplat(f32(0.0)))
         for i in range(count):
             page = part_of_span(pages, first, count, count + i, page_offset, value_offset, value_bytes)
             ahead = part_of_span(pages, first, count, count + i + AHEAD, page_offset, value_offset, value_bytes)
@@ -568,10 +586,9 @@ def make_store_value(kind: str) -> Any:
     return store_value
 
 
-def make_attention(key: str, value: str) -> tuple[Any, Any]:
-    """(store_kv, attention) of a pass, for a KV cache of these kinds (block.KV_BYTES)."""
+def make_store(key: str, value: str) -> Any:
+    """store_kv(block, layer, t, head, qkv, scratch) of a pass, for a KV cache of these kinds."""
     store_key, store_value = make_store_key(key), make_store_value(value)
-    span_1, span_3, span_6 = (make_span(rows, key, value) for rows in (1, 3, ROW_TILE))
 
     @kernel
     def store_kv(block, layer, t, head, qkv, scratch):  # type: ignore[no-untyped-def]
@@ -584,25 +601,46 @@ def make_attention(key: str, value: str) -> tuple[Any, Any]:
         row = qkv + 4 * t * (heads + 2 * kv_heads) * HEAD_DIM
         for h in range(head * group, (head + 1) * group):
             rope(row + 4 * HEAD_DIM * h, table, f32(0.125), row + 4 * HEAD_DIM * h)  # 1 / sqrt(head_dim): exact
-        page = (
-            get_i64(get_i64(segment + S.pages) + position // PAGE * 8)
-            + layer * get_i64(block + B.layer_bytes)
-            + head * get_i64(block + B.head_bytes)
-        )
+        page = get_i64(get_i64(segment + S.pages) + position // PAGE * 8) + place_of(block, layer, head)
         inside = position % PAGE
         rope(row + 4 * HEAD_DIM * (heads + head), table, f32(1.0), scratch)
         store_key(scratch, page, inside, scratch)
         value = row + 4 * HEAD_DIM * (heads + kv_heads + head)
         store_value(value, page + get_i64(block + B.value_offset), inside, scratch)
 
+    return store_kv
+
+
+def make_spans(key: str, value: str) -> Any:
+    """span(rows, ...): `make_span` of 1, 3 or ROW_TILE rows, as many as `rows_of` says."""
+    span_1, span_3, span_6 = (make_span(rows, key, value) for rows in (1, 3, ROW_TILE))
+
     @kernel
-    def any_span(rows, q, first_row, group, start, first, pages, offset, value_offset, s, parts):  # type: ignore[no-untyped-def]
+    def span(rows, q, first_row, group, start, first, pages, offset, value_offset, s, parts):  # type: ignore[no-untyped-def]
         if rows == ROW_TILE:
             span_6(q, first_row, group, start, first, pages, offset, value_offset, s, parts)
         elif rows == 3:
             span_3(q, first_row, group, start, first, pages, offset, value_offset, s, parts)
         else:
             span_1(q, first_row, group, start, first, pages, offset, value_offset, s, parts)
+
+    return span
+
+
+@kernel
+def rows_of(left):  # type: ignore[no-untyped-def]
+    """How many of `left` rows to compute together."""
+    return ROW_TILE if left >= ROW_TILE else (3 if left >= 3 else 1)
+
+
+@kernel
+def place_of(block, layer, head):  # type: ignore[no-untyped-def]
+    """Where a layer's KV head lies in a page."""
+    return layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
+
+
+def make_attend_rows(span: Any) -> Any:
+    """attend_rows of a pass of many tokens, from `make_spans`."""
 
     @kernel
     def attend_rows(block, segment, layer, head, first_row, end_row, qkv, scratch):  # type: ignore[no-untyped-def]
@@ -611,57 +649,69 @@ def make_attention(key: str, value: str) -> tuple[Any, Any]:
         qkv: the segment's first token."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
         group, start = heads // kv_heads, get_i64(segment + S.start)
-        stride = (heads + 2 * kv_heads) * HEAD_DIM
-        offset = layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
+        pages, place = get_i64(segment + S.pages), place_of(block, layer, head)
+        value_offset = get_i64(block + B.value_offset)
         q, s = scratch, scratch + 4 * ROW_TILE * HEAD_DIM
         total = s + SPAN_SCRATCH
         part = total + 4 * ROW_TILE * PART
+        step = 4 * (heads + 2 * kv_heads) * HEAD_DIM
+        before = step * (ROW_TILE // group)  # to the same head's rows that are claimed soon
         while first_row < end_row:
-            left = end_row - first_row
-            rows = ROW_TILE if left >= ROW_TILE else (3 if left >= 3 else 1)
+            rows = rows_of(end_row - first_row)
+            token, h = first_row // group, head * group + first_row % group
+            row = qkv + token * step
             for r in range(rows):
-                source = qkv + 4 * (
-                    (first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM
-                )
-                for d in range(0, HEAD_DIM, 16):
-                    vstore(q + 4 * (r * HEAD_DIM + d), vload(source + 4 * d))
-            last = start + (first_row + rows - 1) // group
-            for first in range(0, last + 1, SPAN):
+                for d in range(0, HEAD_DIM, LANES):
+                    vstore(q + 4 * (r * HEAD_DIM + d), vload(row + 4 * (h * HEAD_DIM + d)))
+                    prefetch(row + 4 * (h * HEAD_DIM + d) - before)
+                h += 1
+                if h == (head + 1) * group:
+                    h, row = head * group, row + step
+            for first in range(0, start + (first_row + rows - 1) // group + 1, SPAN):
                 into = part if first else total
-                any_span(
-                    rows, q, first_row, group, start, first, get_i64(segment + S.pages), offset,
-                    get_i64(block + B.value_offset), s, into,
-                )  # fmt: skip
+                span(rows, q, first_row, group, start, first, pages, place, value_offset, s, into)
                 if first:
                     for r in range(rows):
                         if get_f32(part + 4 * PART * r + 4) > f32(0.0):
                             merge(total + 4 * PART * r, part + 4 * PART * r)
+            h, row = head * group + first_row % group, qkv + token * step
+            token += get_i64(segment + S.first)
             for r in range(rows):
-                target = qkv + 4 * (
-                    (first_row + r) // group * stride + (head * group + (first_row + r) % group) * HEAD_DIM
-                )
-                finish(total + 4 * PART * r, target)
-                token = get_i64(segment + S.first) + (first_row + r) // group
-                keep_softmax(block, token, head * group + (first_row + r) % group, total + 4 * PART * r)
+                finish(total + 4 * PART * r, row + 4 * h * HEAD_DIM)
+                keep_softmax(block, token, h, total + 4 * PART * r)
+                h += 1
+                if h == (head + 1) * group:
+                    token, h, row = token + 1, head * group, row + step
             first_row += rows
+
+    return attend_rows
+
+
+def make_attend_span(span: Any) -> Any:
+    """attend_span of a segment of one token, from `make_spans`."""
 
     @kernel
     def attend_span(block, segment, layer, head, first, qkv, scratch):  # type: ignore[no-untyped-def]
         """One span of a single token's rows of a KV head, kept as partials for `merge_spans`."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
-        group, start = heads // kv_heads, get_i64(segment + S.start)
-        offset = layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
+        group = heads // kv_heads
         r = 0
         while r < group:
-            left = group - r
-            rows = ROW_TILE if left >= ROW_TILE else (3 if left >= 3 else 1)
-            h = head * group + r
+            rows, h = rows_of(group - r), head * group + r
             part = get_i64(segment + S.parts) + 4 * PART * (first // SPAN * heads + h)
-            any_span(
-                rows, qkv + 4 * HEAD_DIM * h, r, group, start, first, get_i64(segment + S.pages), offset,
-                get_i64(block + B.value_offset), scratch + 4 * ROW_TILE * HEAD_DIM, part,
+            span(
+                rows, qkv + 4 * HEAD_DIM * h, r, group, get_i64(segment + S.start), first, get_i64(segment + S.pages),
+                place_of(block, layer, head), get_i64(block + B.value_offset), scratch + 4 * ROW_TILE * HEAD_DIM, part,
             )  # fmt: skip
             r += rows
+
+    return attend_span
+
+
+def make_attention(key: str, value: str) -> tuple[Any, Any]:
+    """(store_kv, attention) of a pass, for a KV cache of these kinds (block.KV_BYTES)."""
+    span = make_spans(key, value)
+    attend_rows, attend_span = make_attend_rows(span), make_attend_span(span)
 
     @kernel
     def attention(block, layer, counter, qkv, scratch):  # type: ignore[no-untyped-def]
@@ -691,4 +741,4 @@ def make_attention(key: str, value: str) -> tuple[Any, Any]:
             segment += 8 * S.size
         return before
 
-    return store_kv, attention
+    return make_store(key, value), attention
