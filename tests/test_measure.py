@@ -127,12 +127,15 @@ def test_guessing_with_nothing(tmp_path: Path) -> None:
 
 
 def test_figures_of_guesses() -> None:
-    row = speculation.Row("why", 100, (50.0, 40.0, 60.0), (80.0, 75.0, 90.0), 40, 30)
-    assert row.figures()["ratio"] == 1.6 and row.figures()["accepted"] == 0.75
+    """The machine was half as fast in the second turn: the ratio is that of the pairs."""
+    row = speculation.Row("why", 100, (50.0, 25.0, 60.0), (75.0, 40.0, 96.0), 40, 30)
+    figures = row.figures()
+    assert (figures["ratio"], figures["accepted"], figures["plain_moved"]) == (1.6, 0.75, 1.4)
     none = replace(row, guesses=0, right=0)
     assert none.figures()["accepted"] is None
-    both = speculation.Report("m", "Q4_0", "avx2", 1, "lookup", (row, replace(none, guessed=(50.0,))))
-    assert both.ratio == pytest.approx(4 / (100 / 80 + 2))
+    both = speculation.Report("m", "Q4_0", "avx2", 1, "lookup", (row, replace(none, guessed=row.plain)))
+    assert both.ratio == pytest.approx(4 / (2 / 1.6 + 2))
+    assert "140%" in both.table()
 
 
 # ---- several devices -------------------------------------------------------------------------------------------------

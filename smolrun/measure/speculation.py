@@ -1,8 +1,12 @@
 """What guessing is worth: the same answers with and without speculation, in turns, on prompts as people write them.
 
 The gain depends on the text: an answer that quotes (a rewrite, edited code) is guessed well, an explanation is not, so
-prompts of both kinds are measured and each has its row. Timed is what follows the first token; a draft model has read
-the prompt by then. Both ways must give the same ids.
+prompts of both kinds are measured and each has its row. Timed is what follows the first token, a draft model's reading
+of the prompt included. Both ways must give the same ids.
+
+A machine with neighbours changes its speed within seconds. So each turn is a pair of answers, one right after the
+other, now plain first, now guessing; the ratio is the median of the pairs' ratios, and how far plain decoding itself
+moved stands beside it: a ratio no farther from 1 says nothing.
 """
 
 from __future__ import annotations
@@ -68,15 +72,20 @@ class Row:
     guesses: int
     right: int
 
+    @property
+    def ratio(self) -> float:
+        """Median over the turns of the speed with guesses by that without."""
+        return statistics.median(guessed / plain for plain, guessed in zip(self.plain, self.guessed, strict=True))
+
     def figures(self) -> dict[str, Any]:
         """One flat line for table, CSV and JSON."""
-        plain, guessed = statistics.median(self.plain), statistics.median(self.guessed)
         return {
             "test": self.test,
             "tokens": self.tokens,
-            "plain_tokens_per_s": round(plain, 2),
-            "tokens_per_s": round(guessed, 2),
-            "ratio": round(guessed / plain, 3),
+            "plain_tokens_per_s": round(statistics.median(self.plain), 2),
+            "plain_moved": round(max(self.plain) / min(self.plain) - 1, 3),
+            "tokens_per_s": round(statistics.median(self.guessed), 2),
+            "ratio": round(self.ratio, 3),
             "guesses": self.guesses,
             "accepted": round(self.right / self.guesses, 3) if self.guesses else None,
         }
@@ -100,11 +109,9 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """Seconds of all answers without guessing, by those with."""
-        plain, guessed = (
-            sum(row.tokens / statistics.median(getattr(row, way)) for row in self.rows) for way in ("plain", "guessed")
-        )
-        return float(plain / guessed)
+        """Seconds of all answers without guessing, by those with: of each prompt the median of its turns."""
+        plain = [row.tokens / statistics.median(row.plain) for row in self.rows]
+        return sum(plain) / sum(seconds / row.ratio for seconds, row in zip(plain, self.rows, strict=True))
 
     def to_json(self) -> str:
         """Everything, each sample included."""
@@ -123,13 +130,14 @@ class Report:
         lines = [
             f"{self.model}: mostly {self.weight_format}, CPU tier {self.tier}, {self.threads} threads, guesses by "
             f"{self.how}; the same ids with and without",
-            f"{'prompt':>10}{'tokens':>8}{'plain/s':>10}{'guessing/s':>12}{'ratio':>8}{'guessed':>9}{'right':>7}",
+            f"{'prompt':>10}{'tokens':>8}{'plain/s':>10}{'moved':>7}{'guessing/s':>12}{'ratio':>8}{'guessed':>9}{'right':>7}",
         ]
         for f in (row.figures() for row in self.rows):
             right = "" if f["accepted"] is None else f"{f['accepted']:.0%}"
-            line = f"{f['test']:>10}{f['tokens']:>8}{f['plain_tokens_per_s']:>10,.1f}{f['tokens_per_s']:>12,.1f}"
+            line = f"{f['test']:>10}{f['tokens']:>8}{f['plain_tokens_per_s']:>10,.1f}{f['plain_moved']:>7.0%}"
+            line += f"{f['tokens_per_s']:>12,.1f}"
             lines.append((line + f"{f['ratio']:>7.2f}x{f['guesses']:>9}{right:>7}").rstrip())
-        return "\n".join([*lines, f"{'all':>10}{'':>30}{self.ratio:>7.2f}x"])
+        return "\n".join([*lines, f"{'all':>10}{'':>37}{self.ratio:>7.2f}x"])
 
 
 def run(
@@ -193,12 +201,12 @@ def run(
 def measure(
     model: Model, speculator: Speculator, name: str, ids: Sequence[int], tokens: int, repeats: int, ends: Sequence[int]
 ) -> Row:
-    """One prompt, with and without guesses in turns."""
+    """One prompt, with and without guesses in turns; the first turn is thrown away."""
     sampling = Sampling(seed=1)  # as a user has it; the seed fixes what is drawn
     samples: dict[bool, list[float]] = {False: [], True: []}
     answers: dict[bool, list[int]] = {}
-    for _ in range(repeats + 1):
-        for guessing in (False, True):
+    for turn in range(repeats + 1):
+        for guessing in (turn % 2 == 1, turn % 2 == 0):
             speculation = speculator.begin(sampling, len(ids)) if guessing else None
             steps = generate_ids(
                 model, ids, max_tokens=tokens, sampling=sampling, stop_ids=ends, speculation=speculation
