@@ -216,6 +216,10 @@ def test_costs():
 # how much to guess: the real controller, models without weights, a clock that only they move
 
 
+N = 400
+ONE = 0.003  # seconds of a plain pass
+
+
 class Clock:
     """Seconds: as they should be, and as they are seen, with time slices that go to others."""
 
@@ -229,7 +233,8 @@ class Clock:
     def take(self, seconds):
         self.true += seconds
         late = 5 if self.random.rand() < 0.05 else 1 + 0.2 * self.random.rand()
-        self.seen += seconds * (late if self.noise else 1)
+        busy = 1.5 if self.true // (60 * ONE) % 2 else 1.0  # a neighbour comes and goes
+        self.seen += seconds * {"quiet": 1, "noisy": late, "busy": busy}[self.noise]
 
 
 class Timed(MockModel):
@@ -243,10 +248,6 @@ class Timed(MockModel):
         count = sum(len(ids) for _, ids in work)
         self.clock.take(self.one * (0.1 * count if count > 16 else 1 + self.more * (count - 1)))
         return super().step(work)
-
-
-N = 400
-ONE = 0.003  # seconds of a plain pass
 
 
 @functools.cache
@@ -285,7 +286,7 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize("noise", [False, True], ids=["quiet", "noisy"])
+@pytest.mark.parametrize("noise", ["quiet", "noisy", "busy"])
 @pytest.mark.parametrize("more", [0.1, 0.3])
 @pytest.mark.parametrize("draft", [0.03, 0.1, 0.35, 1.0])
 @pytest.mark.parametrize("name", SHARES)
@@ -295,6 +296,8 @@ def test_never_slower(name, draft, more, noise):
     for passes, *_ in found:
         assert N / passes >= 0.97
     assert sum(passes for passes, *_ in found) <= (1 + INCOME) * len(PROMPTS) * N + PURSE
+    if noise == "busy":
+        return  # giving up when a pass seems dear costs gains, and only these
     mean = len(PROMPTS) * N / sum(passes for passes, *_ in found)
     least = {
         ("mostly", 0.1): {0.03: 2.4, 0.1: 1.9},
@@ -308,17 +311,17 @@ def test_never_slower(name, draft, more, noise):
 def test_a_wrong_belief_costs_what_the_purse_holds(more, monkeypatch):
     """Guesses that are never right, and a controller that never learns it."""
     monkeypatch.setattr(Acceptance, "add", lambda *_: None)
-    found = [passes for passes, *_ in answers(0, 0.03, more, False, PROMPTS)]
+    found = [passes for passes, *_ in answers(0, 0.03, more, "quiet", PROMPTS)]
     assert PURSE / 2 < found[0] - N < INCOME * N + PURSE
     assert sum(found) - N * len(found) < INCOME * N * len(found) + PURSE
 
 
 def test_right_guesses_grow_long_and_plain_passes_stay():
     """A plain pass now and then is the measure of the others."""
-    ((_, speculation, sizes),) = answers(1, 0.03, 0.05, False, PROMPTS[:1])
+    ((_, speculation, sizes),) = answers(1, 0.03, 0.05, "quiet", PROMPTS[:1])
     assert speculation.accepted == speculation.guessed > 0.75 * N
     assert max(sizes) == MOST + 1
-    ((_, _, sizes),) = answers(1, 0.03, 0.9, False, PROMPTS[:1])  # hardly worth it: short ones
+    ((_, _, sizes),) = answers(1, 0.03, 0.9, "quiet", PROMPTS[:1])  # hardly worth it: short ones
     assert max(sizes) < MOST / 2 and len(sizes) > 3 * PLAIN
     assert all(1 in sizes[at : at + PLAIN + 1] for at in range(len(sizes) - PLAIN))
 
@@ -327,10 +330,10 @@ def test_right_guesses_grow_long_and_plain_passes_stay():
 def test_a_reading_is_paid(share):
     """A long prompt is read once earlier answers have won its time, and never on a promise."""
     long = tuple(np.random.RandomState(9).randint(0, 50, 300).tolist())
-    first = list(answers(share, 0.1, 0.1, False, [long]))
+    first = list(answers(share, 0.1, 0.1, "quiet", [long]))
     assert first[0][1].guessed == 0 and first[0][0] < N + PURSE
     # a tenth of 300 ids by a tenth of a pass: 3 passes
-    (_, (passes, speculation, _)) = answers(share, 0.1, 0.1, False, [PROMPTS[0], long])
+    (_, (passes, speculation, _)) = answers(share, 0.1, 0.1, "quiet", [PROMPTS[0], long])
     assert (speculation.guessed > 200) == bool(share)
     assert passes < (1 + INCOME) * N + SAVINGS
 

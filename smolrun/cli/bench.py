@@ -69,7 +69,7 @@ def run(
     """Measure speed.
 
     Prefill and decode: median, spread, bandwidth, memory, first-token time; with a hash of the logits. With --speculate
-    or --draft: answers to real prompts with and without guesses, in turns. With --sustained: one long decode.
+    or --draft: answers to real prompts with and without guesses, side by side. With --sustained: one long decode.
 
     `smolrun bench compare A.json B.json` puts results of --format json side by side.
     """

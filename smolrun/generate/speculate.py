@@ -54,7 +54,7 @@ OCCURRENCES = 8  # the latest places of a pair that are looked at
 HOPE, FEAR = 0.05, 0.25  # of a pass over one id: one more id where nothing is measured, at best and at worst (Zen 5)
 LONG = 0.2  # of a pass over one id: an id of a pass over more than MOST + 1 (Zen 5: 0.16 to 0.25)
 HORIZON = 64  # ids that are to win back what a draft model reads
-PLAIN = 32  # one pass in so many is plain: the measure of all others must not grow old
+PLAIN = 16  # one pass in so many is plain: the measure of all others must not grow old
 LATEST = 5  # samples of a cost; their median counts, so one time slice lost to a neighbour does not
 ENOUGH = 3  # samples of a pass over one id: fewer are not believed
 MEMORY = 0.9  # of the acceptance counts at each guess: some 10 guesses are remembered
@@ -128,8 +128,8 @@ class Lookup:
 class Median:
     """Of the latest samples; of an even number the lower one of the two."""
 
-    def __init__(self) -> None:
-        self._samples: deque[float] = deque(maxlen=LATEST)
+    def __init__(self, latest: int = LATEST) -> None:
+        self._samples: deque[float] = deque(maxlen=latest)
         self.value = 0.0
 
     def __len__(self) -> int:
@@ -280,7 +280,7 @@ class Speculator:
 
     def __init__(self, *, lookup: bool, draft: Model | None, clock: Clock) -> None:
         self.lookup, self.draft, self.clock = lookup, draft, clock
-        self.plain, self.guessing = Median(), 0
+        self.plain, self.guessing = Median(ENOUGH), 0
         self.costs, self.draft_costs = Costs(), Costs()
         self.purse = Purse()
         self._acceptance: dict[tuple[type[Any], int], Acceptance] = {}
@@ -343,6 +343,8 @@ class Speculation:
                 continue
             acceptance, each, reading = self.shared.acceptance(guesser, kind), guesser.each(), guesser.reading()
             held, share = min(self._purse.held, self.shared.purse.held - reading), acceptance.share
+            if held <= 0:
+                continue
             spread = reading / min(most, HORIZON)
             expected = power = 1.0
             for k in range(1, min(most, MOST) + 1):
@@ -374,9 +376,10 @@ class Speculation:
             seconds = shared.clock() - begin
             if self._guess:
                 shared.guessing += 1
-                shared.costs.add(1 + len(self._guess), seconds / shared.plain.value)
+                shared.costs.add(1 + len(self._guess), max(seconds / shared.plain.value, 1.0))
             else:
                 shared.guessing = 0
+            if not self._guess or seconds < shared.plain.value:  # a plain pass would not have taken longer
                 shared.plain.add(seconds)
         return result
 

@@ -1,12 +1,12 @@
-"""What guessing is worth: the same answers with and without speculation, in turns, on prompts as people write them.
+"""What guessing is worth: the same answers with and without speculation, side by side, on prompts as people write them.
 
 The gain depends on the text: an answer that quotes (a rewrite, edited code) is guessed well, an explanation is not, so
 prompts of both kinds are measured and each has its row. Timed is what follows the first token, a draft model's reading
 of the prompt included. Both ways must give the same ids.
 
-A machine with neighbours changes its speed within seconds. So each turn is a pair of answers, one right after the
-other, now plain first, now guessing; the ratio is the median of the pairs' ratios, and how far plain decoding itself
-moved stands beside it: a ratio no farther from 1 says nothing.
+A machine with neighbours changes its speed within seconds. So both answers grow together, an id here, an id there, each
+step on its own clock: what slows one slows the other. The ratio is the median over the turns; how far plain decoding
+itself moved from turn to turn stands beside it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,12 @@ def run(
         rows = []
         for name, text in prompts().items():
             ids = template.encode([{"role": "user", "content": text}])[0] if template else tokenizer.encode(text)
-            if len(ids) + tokens > context:
+            if 2 * (len(ids) + tokens) > context:  # both answers are in the cache
                 continue
             progress(name)
             rows.append(measure(model, speculator, name, ids, tokens, repeats, tokenizer.eos_ids))
         if not rows:
-            raise OptionError(f"a context of {context:,} has no room for a prompt and {tokens} tokens")
+            raise OptionError(f"a context of {context:,} has no room for a prompt and {tokens} tokens twice")
         how = [*(["lookup"] if speculate else []), *([f"draft {draft.name}"] if draft else [])]
         form = weight_format(checkpoint)
         return Report(path.name, form, model.tier.name, model.threads, " and ".join(how), tuple(rows))
@@ -201,25 +202,35 @@ def run(
 def measure(
     model: Model, speculator: Speculator, name: str, ids: Sequence[int], tokens: int, repeats: int, ends: Sequence[int]
 ) -> Row:
-    """One prompt, with and without guesses in turns; the first turn is thrown away."""
+    """One prompt, with and without guesses side by side; the first turn is thrown away."""
     sampling = Sampling(seed=1)  # as a user has it; the seed fixes what is drawn
     samples: dict[bool, list[float]] = {False: [], True: []}
-    answers: dict[bool, list[int]] = {}
-    for turn in range(repeats + 1):
-        for guessing in (turn % 2 == 1, turn % 2 == 0):
-            speculation = speculator.begin(sampling, len(ids)) if guessing else None
-            steps = generate_ids(
-                model, ids, max_tokens=tokens, sampling=sampling, stop_ids=ends, speculation=speculation
-            )
-            found = [next(steps).id]
-            begin = time.perf_counter()
-            found += [step.id for step in steps]
-            seconds = time.perf_counter() - begin
-            answers[guessing] = [id for id in found if id is not None]
-            samples[guessing].append(max(len(found) - 1, 1) / seconds)
-            if speculation is not None:
-                last = speculation
+    for _ in range(repeats + 1):
+        speculation = speculator.begin(sampling, len(ids))
+        seconds = dict.fromkeys(samples, 0.0)
+        with ExitStack() as opened:
+            steps = {
+                way: opened.enter_context(closing(generate_ids(
+                    model, ids, max_tokens=tokens, sampling=sampling, stop_ids=ends,
+                    speculation=speculation if way else None,
+                )))
+                for way in samples
+            }  # fmt: skip
+            answers = {way: [step.id for step in islice(steps[way], 1) if step.id is not None] for way in steps}
+            while steps:
+                way = min(steps, key=lambda way: len(answers[way]))
+                begin = time.perf_counter()
+                step = next(steps[way], None)
+                seconds[way] += time.perf_counter() - begin
+                if step is None:
+                    del steps[way]
+                elif step.id is not None:
+                    answers[way].append(step.id)
+        for way in samples:
+            samples[way].append(max(len(answers[way]) - 1, 1) / seconds[way])
         if answers[False] != answers[True]:
             raise SmolrunError(f"{name}: guessing changed the answer, please report this as a bug")
     count = len(answers[True])
-    return Row(name, count, tuple(samples[False][1:]), tuple(samples[True][1:]), last.guessed, last.accepted)
+    return Row(
+        name, count, tuple(samples[False][1:]), tuple(samples[True][1:]), speculation.guessed, speculation.accepted
+    )
