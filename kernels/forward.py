@@ -117,6 +117,13 @@ def product(block, w, g, end, y, y_stride, add, row):  # type: ignore[no-untyped
 
 
 @kernel
+def share(block, items):  # type: ignore[no-untyped-def]
+    """Items of one claim where each is little work: all threads want the counter's line, and neighbours' lines."""
+    claims = 8 * get_i64(get_i64(block + B.team) + T.threads)
+    return (items + claims - 1) // claims
+
+
+@kernel
 def groups_and_step(block, w):  # type: ignore[no-untyped-def]
     """Row groups of a matrix, and of one claim: long runs of memory for a single token, else what stays in L2."""
     groups, n = get_i64(w + W.groups), get_i64(block + B.n)
@@ -192,27 +199,33 @@ def prepare_rows(block, counter, rows, stride, k, norm, w, readers, split, row):
     if n == 1:
         prepare_row(block, rows, 0, k, norm, w, readers, modes, split, row)
         return 0
+    step = share(block, n)
     while True:
-        t = claim(counter, 1)
+        t = claim(counter, step)
         if t >= n:
             break
-        prepare_row(block, rows + 4 * t * stride, t, k, norm, w, readers, modes, split, row)
-        done(counter, 1)
+        end = min(t + step, n)
+        for i in range(t, end):
+            prepare_row(block, rows + 4 * i * stride, i, k, norm, w, readers, modes, split, row)
+        done(counter, end - t)
     return wait(get_i64(block + B.team), counter, n)
 
 
 @kernel
 def embed(block, counter, x, dim, unpacked):  # type: ignore[no-untyped-def]
     """x = rows of the embedding, tokens claimed."""
-    w = get_i64(block + B.embed)
+    w, n = get_i64(block + B.embed), get_i64(block + B.n)
+    step = share(block, n)
     while True:
-        t = claim(counter, 1)
-        if t >= get_i64(block + B.n):
+        first = claim(counter, step)
+        if first >= n:
             return
-        token = get_i64(get_i64(block + B.ids) + 8 * t)
-        look_up = get_i64(block + B.embed_row)
-        call_row(look_up, get_i64(w + W.panel), get_i64(w + W.blocks), token, x + 4 * t * dim, unpacked)
-        done(counter, 1)
+        end = min(first + step, n)
+        for t in range(first, end):
+            token = get_i64(get_i64(block + B.ids) + 8 * t)
+            look_up = get_i64(block + B.embed_row)
+            call_row(look_up, get_i64(w + W.panel), get_i64(w + W.blocks), token, x + 4 * t * dim, unpacked)
+        done(counter, end - first)
 
 
 @kernel
@@ -263,13 +276,17 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         for m, matrix in ((1, LAYER.q), (2, LAYER.k), (3, LAYER.v)):
             if wait(team, counter + m * LINE, get_i64(w + matrix + W.groups)):
                 return 1
+        items = n * kv_heads
+        step = share(block, items)
         while True:
-            item = claim(counter + 4 * LINE, 1)
-            if item >= n * kv_heads:
+            item = claim(counter + 4 * LINE, step)
+            if item >= items:
                 break
-            store_kv(block, i, item // kv_heads, item % kv_heads, qkv, scratch)
-            done(counter + 4 * LINE, 1)
-        return wait(team, counter + 4 * LINE, n * kv_heads)
+            end = min(item + step, items)
+            for j in range(item, end):
+                store_kv(block, i, j // kv_heads, j % kv_heads, qkv, scratch)
+            done(counter + 4 * LINE, end - item)
+        return wait(team, counter + 4 * LINE, items)
 
     @kernel
     def complete(block, i, counter, scratch, row):  # type: ignore[no-untyped-def]

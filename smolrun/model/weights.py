@@ -200,7 +200,7 @@ def tables(
         m = matrices[name]
         t = terms(m.format, kind)
         groups, blocks = -(-m.rows // ROWS), m.cols // BLOCK
-        step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (4 * threads))))
+        step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (8 * threads))))
         values = {"matmul": kernel(m.format, t), "panel": address(name), "groups": groups, "blocks": blocks}
         values |= {"step": step, "terms": t, "adapter": 0}
         return [values[field] for field in W._fields[:-1]]
