@@ -125,7 +125,8 @@ class OpenVino(Adapter):
     """OpenVINO: the graph that openvino-genai builds from the F16 GGUF, its weights compressed by NNCF; or, for "q4_0"
     and "q8_0", built from that GGUF file itself.
 
-    The classifier gets the last position alone, as openvino-genai's own pipeline does.
+    The classifier gets the last position alone, as openvino-genai's own pipeline does. All else is as it chooses: on
+    CPUs with AVX512-BF16 it computes what is not weights in bf16, and its KV cache is u8.
     """
 
     def convert(self, source: str, target: str, precision: str) -> None:
