@@ -125,7 +125,8 @@ def share(block, items):  # type: ignore[no-untyped-def]
 
 @kernel
 def groups_and_step(block, w):  # type: ignore[no-untyped-def]
-    """Row groups of a matrix, and of one claim: long runs of memory for a single token, else what stays in L2."""
+    """Row groups of a matrix, and of one claim: long runs of memory for fewer tokens than a tile has, else what stays
+    in L2 while tile after tile passes over it."""
     groups, n = get_i64(w + W.groups), get_i64(block + B.n)
     if n < get_i64(block + B.tile_1):
         claims = (2 if n == 1 else 4) * get_i64(get_i64(block + B.team) + T.threads)
