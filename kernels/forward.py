@@ -256,6 +256,18 @@ def wanted(block, tail):  # type: ignore[no-untyped-def]
     return tail
 
 
+@kernel
+def normalise(block, counter):  # type: ignore[no-untyped-def]
+    """out = norm(x), tokens claimed; nobody waits for it but the caller of the pass."""
+    n, dim = get_i64(block + B.n), get_i64(block + B.dim)
+    while True:
+        t = claim(counter, 1)
+        if t >= n:
+            return
+        x, out = get_i64(block + B.x) + 4 * t * dim, get_i64(block + B.out) + 4 * t * dim
+        rmsnorm(x, get_i64(block + B.final_norm), dim, get_f32(block + B.eps), out)
+
+
 def make_forward(key: str, value: str) -> Callable[..., None]:
     """forward(block, tid) for a KV cache of these kinds (block.KV_BYTES)."""
     store_kv, attention = make_attention(key, value)
@@ -316,30 +328,21 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         return wait(team, counter + 11 * LINE, get_i64(w + LAYER.down + W.groups))
 
     def forward(block, tid):  # type: ignore[no-untyped-def]
-        team, n = get_i64(block + B.team), get_i64(block + B.n)
-        counters, dim, x = get_i64(block + B.counters), get_i64(block + B.dim), get_i64(block + B.x)
+        counters, n_layers = get_i64(block + B.counters), get_i64(block + B.n_layers)
         scratch = get_i64(block + B.scratch) + tid * get_i64(block + B.scratch_bytes)
         row = scratch + ATTENTION_SCRATCH
-        embed(block, counters, x, dim, unpacked_of(block, row))
-        if wait(team, counters, n):
+        embed(block, counters, get_i64(block + B.x), get_i64(block + B.dim), unpacked_of(block, row))
+        if wait(get_i64(block + B.team), counters, get_i64(block + B.n)):
             return
-        n_layers = get_i64(block + B.n_layers)
         for i in range(n_layers):
             counter = counters + (1 + i * PHASES) * LINE
             if project(block, i, counter, scratch, row):
                 return
             if i == n_layers - 1:
                 block = wanted(block, scratch + get_i64(block + B.scratch_bytes) - TAIL_BYTES)
-            n = get_i64(block + B.n)
-            if n == 0 or complete(block, i, counter, scratch, row):
+            if get_i64(block + B.n) == 0 or complete(block, i, counter, scratch, row):
                 return
-        last, x = counters + (1 + n_layers * PHASES) * LINE, get_i64(block + B.x)
-        while True:
-            t = claim(last, 1)
-            if t >= n:
-                return
-            out = get_i64(block + B.out) + 4 * t * dim
-            rmsnorm(x + 4 * t * dim, get_i64(block + B.final_norm), dim, get_f32(block + B.eps), out)
+        normalise(block, counters + (1 + n_layers * PHASES) * LINE)
 
     return forward
 
