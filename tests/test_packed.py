@@ -15,7 +15,7 @@ from smolrun.errors import ModelFileError, OptionError
 from smolrun.files import packed as container
 from smolrun.files.checkpoint import START, Checkpoint, identity, open_checkpoint
 from smolrun.kernels import load as kernels
-from smolrun.model import packed, weights
+from smolrun.model import memory, packed, weights
 from smolrun.model.llama import Llama
 from smolrun.model.packed import open_model
 from smolrun.text.bpe import TableBpe
@@ -81,6 +81,36 @@ def test_the_second_load_packs_nothing(
         model = Llama(checkpoint, context=64, threads=1)
         assert all(a.flags.writeable == (way == "copied") for a in model.weights._arena.arrays.values())
         model.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc/self/smaps")
+def test_a_copy_is_not_made_beside_resident_pages_of_the_map(
+    tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of which less than half lies on huge pages is copied; looking at it has made those resident."""
+    logits(tiny.gguf)
+    (path,) = packs(folder)
+    resident: list[int] = []
+
+    def look(arena: memory.Arena) -> bool:
+        resident.append(kilobytes())  # of the head and the tables
+        assert arena.whole.sum() and kilobytes() > resident[0]
+        return False
+
+    def kilobytes() -> int:
+        after = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").split(str(path))[1:]
+        return sum(int(text.split("Rss:")[1].split()[0]) for text in after)
+
+    def read(*args: Any) -> None:
+        resident.append(kilobytes())
+        copy(*args)
+
+    copy = packed._read
+    monkeypatch.setattr(packed, "_has_huge_pages", look)
+    monkeypatch.setattr(packed, "_read", read)
+    logits(tiny.gguf)
+    before, beside_the_copy = resident
+    assert beside_the_copy <= before
 
 
 @pytest.mark.parametrize("place", ["magic", "sums", "first", "last", "cut", "longer", "empty"])

@@ -113,6 +113,7 @@ class Pack:
             return None
         arena, room = Arena(sizes, found.file.view(first, size)), machine.HERE.available()
         if not _has_huge_pages(arena) and room is not None and size <= room.bytes // 2:
+            found.file.release(first, size)  # huge ones among them became resident when they were looked at
             arena = Arena(sizes)
             try:  # not from the map: its pages would be resident beside the copy
                 _read(self.path, first, arena.whole.data)
