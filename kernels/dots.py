@@ -51,6 +51,8 @@ def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Va
 
 _SHUFFLE = {4: "llvm.x86.ssse3.pshuf.b.128", 8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
 
+_PAIRS = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+
 
 def look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
     """table[index] of many i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
@@ -71,19 +73,12 @@ def emit_pairs(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir
     """total[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1]: i32x16 and 32 x i16 each; exact while it fits i32."""
     if TIER.dot.startswith("vnni"):
         return _by_register(b, "llvm.x86.avx512.vpdpwssd.{bits}", V16I32, total, x, y)
-    if TIER.dot == "maddubs":
-        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
-        return b.add(total, _by_register(b, name, V16I32, x, y))
-    if not TIER.x86:  # smlal
-        for parity in (0, 1):
-            mine, theirs = (b.sext(_shuffle(b, v, v, range(parity, 32, 2)), V16I32) for v in (x, y))
-            total = b.add(total, b.mul(mine, theirs))
-        return total
-    sixteen = const(V16I32, 16)
-    x, y = b.bitcast(x, V16I32), b.bitcast(y, V16I32)
-    odd = b.mul(b.ashr(x, sixteen), b.ashr(y, sixteen))
-    even = b.mul(b.ashr(b.shl(x, sixteen), sixteen), b.ashr(b.shl(y, sixteen), sixteen))
-    return b.add(total, b.add(even, odd))
+    if TIER.x86:
+        return b.add(total, _by_register(b, _PAIRS[TIER.row_lanes], V16I32, x, y))
+    for parity in (0, 1):  # smlal
+        mine, theirs = (b.sext(_shuffle(b, v, v, range(parity, 32, 2)), V16I32) for v in (x, y))
+        total = b.add(total, b.mul(mine, theirs))
+    return total
 
 
 class Dots:
@@ -161,10 +156,8 @@ class MaddubsDots(Dots):
         self.held += 1
 
     def _widen(self) -> None:
-        name = "llvm.x86.avx512.pmaddw.d.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.wd"
         for i, pairs in enumerate(self.pairs):
-            four = _by_register(self.b, name, V16I32, pairs, const(V32I16, 1))
-            self.sums[i] = self.b.add(self.sums[i], four)
+            self.sums[i] = emit_pairs(self.b, self.sums[i], pairs, const(V32I16, 1))
         self.held, self.pairs = 0, [None] * len(self.sums)
 
     def total(self, i: int) -> ir.Value:
@@ -174,12 +167,12 @@ class MaddubsDots(Dots):
 
 
 class PlainDots(Dots):
-    """No special instruction: even and odd bytes as i16 products (they fit: 255 x 127), widened and added."""
+    """pmaddwd, which every x86-64 has: even and odd bytes as i16, two products into i32."""
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         b = self.b
         shift = b.ashr if self.bits == 8 else b.lshr
-        eight, sixteen = const(V32I16, 8), const(V16I32, 16)
+        eight = const(V32I16, 8)
 
         def even_odd(value: ir.Value, down: Callable[..., ir.Value]) -> tuple[ir.Value, ir.Value]:
             wide = b.bitcast(value, V32I16)
@@ -188,9 +181,7 @@ class PlainDots(Dots):
         parts = even_odd(w, shift)
         for i, address in enumerate(x):
             for mine, theirs in zip(parts, even_odd(self._x(address, j), b.ashr), strict=True):
-                product = b.bitcast(b.mul(mine, theirs), V16I32)
-                both = b.add(b.ashr(b.shl(product, sixteen), sixteen), b.ashr(product, sixteen))
-                self.sums[i] = b.add(self.sums[i], both)
+                self.sums[i] = emit_pairs(b, self.sums[i], mine, theirs)
 
 
 # ---- AArch64: registers of 4 rows x 4 k ------------------------------------------------------------------------------

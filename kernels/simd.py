@@ -97,12 +97,47 @@ def call_llvm(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
 def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     """x * y + z of f32, one rounding.
 
-    Where the CPU has none, LLVM would call libm lane by lane. There: in f64 the product is exact; the sum is rounded to
-    odd (if it is inexact, the neighbour with the odd mantissa), and from that, f32's 29 bits away, a second rounding
-    is as good as one (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    Where the CPU has none, LLVM would call libm lane by lane. There: in f64 the product is exact, and rounding the sum
+    once more to f32 is wrong only if the first rounding ended halfway between two f32. Sums that are halfway, and
+    results below the normal f32, whose halves lie elsewhere, are made again by `_round_once`; of random numbers one in
+    2^29. (A result of 0 needs no such care: numbers that cancel have so few bits together that their sum is exact.)
     """
     if TIER.fma:
         return call_llvm(b, "fma", x, y, z)
+    if not isinstance(x.type, ir.VectorType):
+        return _round_once(b, x, y, z)
+    f64, i64, i32 = (ir.VectorType(t, x.type.count) for t in (F64, I64, I32))
+    total = b.fadd(b.fmul(b.fpext(x, f64), b.fpext(y, f64)), b.fpext(z, f64))
+    result, before = b.fptrunc(total, x.type), b.block
+    low, magnitude = b.trunc(b.bitcast(total, i64), i32), b.and_(b.bitcast(result, i32), const(i32, 0x7FFFFFFF))
+    halfway = b.icmp_unsigned("==", b.and_(low, const(i32, 0x1FFFFFFF)), const(i32, 0x10000000))
+    # 0 < magnitude < 2^-126: 0x80000000 more than magnitude - 1, as signed comparisons are the only ones of SSE2
+    small = b.icmp_signed("<", b.add(magnitude, const(i32, 0x7FFFFFFF)), const(i32, 0x007FFFFF - (1 << 31)))
+    rare = b.bitcast(b.or_(halfway, small), ir.IntType(x.type.count))
+    with cgutils.if_unlikely(b, b.icmp_unsigned("!=", rare, ir.Constant(rare.type, 0))):
+        again, inside = b.call(_round_once_function(b, x.type), [x, y, z]), b.block
+    phi = b.phi(x.type)
+    phi.add_incoming(result, before)
+    phi.add_incoming(again, inside)
+    return phi
+
+
+def _round_once_function(b: ir.IRBuilder, kind: ir.VectorType) -> ir.Function:
+    """`_round_once` of vectors as a function of its own: it is called from everywhere and almost never."""
+    function = declare(b, f"smolrun_round_once_{kind.count}", kind, [kind] * 3)
+    if not function.blocks:
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        inside = ir.IRBuilder(function.append_basic_block())
+        inside.ret(_round_once(inside, *function.args))
+    return function
+
+
+def _round_once(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x * y + z of f32 by f64: the sum is rounded to odd (if it is inexact, the neighbour with the odd mantissa), and
+    from that, f32's 29 bits away, a second rounding is as good as one (Boldo and Melquiond, "Emulation of FMA and
+    correctly rounded sums", 2008).
+    """
     many = isinstance(x.type, ir.VectorType)
     f64, i64 = (ir.VectorType(t, x.type.count) if many else t for t in (F64, I64))
 

@@ -1,7 +1,9 @@
 """Every kernel on every tier of this CPU against NumPy and bit for bit against the other tiers; the rest are read."""
 
+import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -76,17 +78,30 @@ def test_tiles_claims_and_additions_do_not_change_bits(case: Case, tiers: list[K
         assert np.array_equal(bits(tier.matmul(case, raw, x, add=before)), bits(y + before))
 
 
+def rounded(exact: Fraction) -> np.float32:
+    """The nearest float32, ties to even: an integer number of the unit that float32 has at this size."""
+    unit = Fraction(2) ** max(math.frexp(float(exact))[1] - 24, -149)
+    return np.float32(round(exact / unit) * unit)
+
+
 def test_multiply_adds_round_once(tiers: list[Kernels]) -> None:
     """Also where the CPU has none: f64 rounds 1 + 2^-23 + 2^-24 - 2^-54 to a tie, and from there f32 rounds away.
 
-    Both products at even k, which share a sum.
+    Of many sizes, down to results that are denormal or 0. Both products at even k, which share a sum.
     """
-    case = Case("F32", "f32", 16, 32, 1)
+    case, rng = Case("F32", "f32", 16 * 160, 32, 1), np.random.default_rng(6)
     w, x = np.zeros((case.rows, case.k), np.float32), np.zeros((1, case.k), np.float32)
-    w[0, :3:2], x[0, :3:2] = (1 + 2.0**-23, 2.0**-24 * (1 + 2.0**-15)), (1, 1 - 2.0**-15)
-    w[1] = -w[0]
-    y = same_bits(tiers, lambda t: t.matmul(case, w.view(np.uint8), x))
-    assert y[0, :2].tolist() == [1 + 2.0**-23, -1 - 2.0**-23]
+    size = np.repeat(2.0 ** np.arange(-99, 61), 16) * rng.choice([-1, 1], case.rows)
+    w[:, 0] = size * (1 + rng.integers(0, 4, case.rows) * 2.0**-23)
+    w[:, 2] = size * 2.0**-24 * rng.choice([1, -1, 1 + 2.0**-15, -1 - 2.0**-15, 0.5, 3.0**-9], case.rows)
+    x[0, :3:2] = 2.0**-60, 2.0**-60 * (1 - 2.0**-15)
+    y = same_bits(tiers, lambda t: t.matmul(case, w.view(np.uint8), x))[0]
+    (first, _, second), rest = ([Fraction(float(v)) for v in x[0, :3]], w[:, :3].tolist())
+    truth = [rounded(Fraction(float(rounded(first * Fraction(a)))) + second * Fraction(c)) for a, _, c in rest]
+    assert np.array_equal(y, np.array(truth, np.float32))
+    assert (y == 0).any() and (np.abs(y[y != 0]) < 2.0**-126).any()
+    twice = np.float32([float(first * Fraction(a) + second * Fraction(c)) for a, _, c in rest])  # by way of f64
+    assert (twice != y).any(), "nothing here that a second rounding gets wrong"
 
 
 def test_a_claim_writes_its_rows_only(tiers: list[Kernels]) -> None:
