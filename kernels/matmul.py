@@ -8,6 +8,7 @@ bytes, or of 96 with two terms:
 
     [32 x i8 q]                  x = d q                              one term
     [32 x i8 q1][32 x i8 q2]     x = d q,  q = 256 q1 + q2            two terms
+    [32 x i16 q]                 of four k the first, third, second and fourth: two terms of a tier with `pairs`
     then                         f32 d  f32 d*sum  -8*sum  -16*sum  -128*sum  -32*lo  -32*hi  unused     sums are i32
     sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the dot product exactly
     tile of S tokens: [block][token], S = T but for the last tile
@@ -210,7 +211,8 @@ def _start(b: ir.IRBuilder, panel: Panel, group: int, fields: ir.Value, rows: in
 
 def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Value]) -> list[ir.Value]:
     """Integer sums of a scale group, for each token i32 of each row; of two terms the first counts 256 times."""
-    panel, rows, dots = record.panel, record.rows, dots_of(len(x))
+    panel, rows, dots = record.panel, record.rows, dots_of(len(x), terms)
+    passes = 1 if TIER.pairs else terms
     ints, quads = ir.VectorType(I32, rows), panel.group // 4
     zeros = [const(ints, 0)] * len(x)
     order = range(group * quads, (group + 1) * quads)
@@ -221,7 +223,7 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
     if not TIER.x86 or len(x) <= TOGETHER:  # both terms at once: sums that do not wait for each other
         # AArch64 has few registers: weights stay in none for long
         many = TIER.x86 or panel.group == 16 or len(x) * terms > 2
-        both = [dots(b, panel, zeros if term < terms - 1 else starts()) for term in range(terms)]
+        both = [dots(b, panel, zeros if term < passes - 1 else starts()) for term in range(passes)]
         for j in order if many else sorted(order, key=lambda j: (j % panel.planes[0] // dots.step, j)):
             if not TIER.x86 and many and j == 4:
                 record.forget()
@@ -233,10 +235,10 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
             functools.reduce(lambda s, n: b.add(b.shl(s, const(ints, 8)), n), of) for of in zip(*totals, strict=True)
         ]
     totals = zeros
-    for term in range(terms):
+    for term in range(passes):
         if term:
             totals = [b.shl(s, const(ints, 8)) for s in totals]
-        if term == terms - 1:
+        if term == passes - 1:
             totals = [b.add(s, start) for s, start in zip(totals, starts(), strict=True)]
         sums = dots(b, panel, totals)
         for j in order:

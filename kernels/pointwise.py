@@ -11,10 +11,13 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from .block import HEAD_DIM
-from .jit import kernel
+from .jit import TIER, kernel
 from .matmul import DSUM, HIGH32, LOW32, SUM8, SUM16, SUM128, D
 from .simd import (
+    I16,
+    I32,
     I64,
+    LANES,
     V16I32,
     at,
     const,
@@ -27,6 +30,7 @@ from .simd import (
     put_i32,
     sixteen_lanes,
     sqrt,
+    store,
     vabs,
     vexp,
     vfma,
@@ -44,9 +48,11 @@ from .simd import (
     vsum_i32,
     vto_i32,
     vwhere,
+    void,
     word,
 )
 
+PAIRS = TIER.pairs
 TINY = (
     1e-30  # blocks whose largest value is below this are zero: their scale would be denormal and its inverse infinite
 )
@@ -88,21 +94,33 @@ def rope(x, table, scale, out):  # type: ignore[no-untyped-def]
         vstore(out + 4 * (i + HEAD_DIM // 2), vfma(high, cos, low * sin) * s)
 
 
-@kernel
-def _put_integers(q, terms, out):  # type: ignore[no-untyped-def]
-    """Write 16 integers q to out, in two terms q = 256 q1 + q2 with q2 32 bytes behind q1; returns their sum then.
+def _store_pairs(b: ir.IRBuilder, address: ir.Value, q: ir.Value) -> None:
+    order = [4 * quad + k for quad in range(LANES // 4) for k in (0, 2, 1, 3)]
+    q = b.trunc(q, ir.VectorType(I16, LANES))
+    store(b, address, b.shuffle_vector(q, q, ir.Constant(ir.VectorType(I32, LANES), order)))
 
-    A q2 of +-128, one in 256, becomes +-127: without VNNI, signed weights need -q2 (matmul.MaddubsDots).
+
+store_pairs = word(void, [i64, i32x16], _store_pairs)  # 16 integers as i16, even k of each four first
+
+
+@kernel
+def _put_integers(q, terms, record, half):  # type: ignore[no-untyped-def]
+    """Write 16 integers q to the first or second half of a record, drawn in matmul.py; returns their sum then.
+
+    Of two terms, a q2 of +-128, one in 256, becomes +-127: 128 is no i8.
     """
     if terms == 1:
         first = vto_i32(q)
-        vstore_i8(out, first)
+        vstore_i8(record + 16 * half, first)
         return vsum_i8(first)
     q1 = vrint(q * vsplat(f32(1 / 256)))
     q2 = vmin(vmax(vfma(q1, vsplat(f32(-256.0)), q), vsplat(f32(-127.0))), vsplat(f32(127.0)))
     first, second = vto_i32(q1), vto_i32(q2)
-    vstore_i8(out, first)
-    vstore_i8(out + 32, second)
+    if PAIRS:
+        store_pairs(record + 32 * half, vto_i32(vfma(q1, vsplat(f32(256.0)), q2)))
+    else:
+        vstore_i8(record + 16 * half, first)
+        vstore_i8(record + 16 * half + 32, second)
     return vsum_i8(first) * 256 + vsum_i8(second)
 
 
@@ -128,8 +146,8 @@ def quantise(x, n, terms, out, stride):  # type: ignore[no-untyped-def]
         for b in range(count):
             source, at = x + 128 * (first + b), out + (first + b) * stride
             d, inverse = get_f32(scales + 4 * b), vsplat(get_f32(inverses + 4 * b))
-            low = _put_integers(vrint(vload(source) * inverse), terms, at)
-            high = _put_integers(vrint(vload(source + 64) * inverse), terms, at + 16)
+            low = _put_integers(vrint(vload(source) * inverse), terms, at, 0)
+            high = _put_integers(vrint(vload(source + 64) * inverse), terms, at, 1)
             at += 32 * terms
             put_f32(at + D, d)
             put_f32(at + DSUM, d * f32(low + high))

@@ -68,6 +68,11 @@ class Tier:
         return "fma" in self.needs or not self.x86
 
     @property
+    def pairs(self) -> bool:
+        """Two int8 terms of an activation are one i16 (dots.PairDots)."""
+        return self.dot in ("maddubs", "plain")
+
+    @property
     def features(self) -> str:
         """The feature string for LLVM."""
         return ",".join(["+" + f for f in self.needs] + ["-" + f for f in self.lacks])

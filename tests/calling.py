@@ -96,6 +96,7 @@ class Kernels:
         terms = TERMS[mode]
         step = token_tile(self.tier, terms)
         whole = naive.records(x, terms) if terms else x.astype(np.float32)  # (tokens, blocks) or (tokens, k)
+        whole = naive.paired(whole) if terms == 2 and self.tier.pairs else whole
         parts = [np.ascontiguousarray(whole[i : i + step].swapaxes(0, 1)) for i in range(0, len(x), step)]
         return copied(np.concatenate([p.reshape(-1).view(np.uint8) for p in parts]))
 
@@ -178,11 +179,15 @@ class Kernels:
         return out.copy()
 
     def quantise(self, x: np.ndarray, terms: int, slots: int = 1, slot: int = 0) -> np.ndarray:
-        """x (k,) into one slot of a tile of `slots` tokens: RECORD (k / 32, slots); the rest keeps the guard."""
+        """x (k,) into one slot of a tile of `slots` tokens: RECORD (k / 32, slots), terms apart on any tier; the rest
+        keeps the guard."""
         x, size = copied(x), record_bytes(terms)
         out = aligned(len(x) // 32 * slots * size, GUARD)
         self._integers("quantise", 5)(address(x), len(x), terms, address(out) + slot * size, slots * size)
-        return out.view(naive.RECORD[terms]).reshape(-1, slots).copy()
+        records = out.view(naive.RECORD[terms]).reshape(-1, slots).copy()
+        if terms == 2 and self.tier.pairs:
+            records[:, slot] = naive.unpaired(records[:, slot])
+        return records
 
     def interleave(self, x: np.ndarray, slots: int, slot: int) -> np.ndarray:
         """x (k,) into slot `slot` of `slots`: float32 (k, slots), the other slots zero."""

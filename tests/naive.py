@@ -167,6 +167,22 @@ def records(x: np.ndarray, terms: int) -> np.ndarray:
     return out
 
 
+def paired(r: np.ndarray) -> np.ndarray:
+    """Records of two terms as tiers with `pairs` lay them out: [32 x i16 q], of four k the even ones first."""
+    q = (256 * r["q"][..., 0, :].astype(np.int16) + r["q"][..., 1, :]).reshape(*r.shape, 8, 4)[..., [0, 2, 1, 3]]
+    out = r.copy()
+    out["q"] = np.ascontiguousarray(q).view(np.int8).reshape(*r.shape, 2, 32)
+    return out
+
+
+def unpaired(r: np.ndarray) -> np.ndarray:
+    """The inverse of `paired`."""
+    q = np.ascontiguousarray(r["q"]).view(np.int16).reshape(*r.shape, 8, 4)[..., [0, 2, 1, 3]].reshape(*r.shape, 32)
+    out, q1 = r.copy(), np.rint(q / 256)
+    out["q"] = np.stack([q1, q - 256 * q1], axis=-2)
+    return out
+
+
 def seen(x: np.ndarray, terms: int) -> np.ndarray:
     """Activations as an int8 matmul sees them: float64 (tokens, k)."""
     if terms == 0:
