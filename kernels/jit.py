@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -66,7 +67,10 @@ define {value} @{name}({params}) {{
   ret {value} {"" if value == "void" else "%value"}
 }}
 """
-    module = llvm.parse_assembly(str(compiled.library._final_module) + wrapper)
+    text = str(compiled.library._final_module) + wrapper
+    if TIER.x86:  # the system aligns stacks to 16 bytes, so vectors kept on one would lie across two cache lines
+        text = re.sub(r"^(define .*) \{$", r"\1 alignstack(64) {", text, flags=re.MULTILINE)
+    module = llvm.parse_assembly(text)
     for f in module.functions:
         if not f.is_declaration and f.name != name:
             f.linkage = "internal"

@@ -92,7 +92,7 @@ TIERS: dict[str, Tier] = {  # best first
         _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 14, 11), 16),
         _x86("avx512", "x86-64-v4", _V4, "maddubs", True, (14, 12, 11), 16),
         _x86("avxvnni", "x86-64-v3", _V3 + ",avxvnni", "vnni256", True, (3, 3, 3), 8),
-        _x86("avx2", "x86-64-v3", _V3, "maddubs", True, (3, 3, 3), 8),
+        _x86("avx2", "x86-64-v3", _V3, "maddubs", True, (3, 3, 4), 8),
         _x86("generic", "x86-64", "", "plain", False, (2, 2, 2), 4),
         Tier("i8mm", _ARM, "generic", ("neon", "dotprod", "i8mm"), "smmla", True, (3, 4, 4), 4, reorder=False),
         Tier("dotprod", _ARM, "generic", ("neon", "dotprod"), "sdot", True, (3, 4, 4), 4, reorder=False),
