@@ -130,7 +130,7 @@ class VnniDots(Dots):
 class MaddubsDots(Dots):
     """vpmaddubsw: products of two neighbours into i16, which holds 32767 / (2 x 127 u) of them before vpmaddwd widens.
 
-    8-bit weights are signed: |w| and sign(x, w), since 128-offset weights would saturate the i16.
+    8-bit weights are signed: |w| and x with the sign of w, since 128-offset weights would saturate the i16.
     """
 
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
@@ -140,20 +140,23 @@ class MaddubsDots(Dots):
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         b = self.b
-        wide = TIER.row_lanes == 16
-        name = "llvm.x86.avx512.pmaddubs.w.512" if wide else "llvm.x86.avx2.pmadd.ub.sw"
+        name = "llvm.x86.avx512.pmaddubs.w.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.ub.sw"
         if self.held == self.room:
             self._widen()
-        zero = const(V64I8, 0)
-        negative = b.icmp_signed("<", w, zero) if self.bits == 8 else None
-        magnitude = b.select(negative, b.sub(zero, w), w) if negative is not None else w
+        magnitude = self._signed_as(w, w) if self.bits == 8 else w
         for i, address in enumerate(x):
             quad = b.bitcast(self._x(address, j), V64I8)
-            if negative is not None:
-                quad = b.select(negative, b.sub(zero, quad), quad)
+            quad = self._signed_as(w, quad) if self.bits == 8 else quad
             pairs = _by_register(b, name, V32I16, magnitude, quad)
             self.pairs[i] = pairs if self.pairs[i] is None else b.add(self.pairs[i], pairs)
         self.held += 1
+
+    def _signed_as(self, w: ir.Value, value: ir.Value) -> ir.Value:
+        """The value, negated where w is negative; where w is 0 it does not matter."""
+        if TIER.row_lanes == 8:
+            return _by_register(self.b, "llvm.x86.avx2.psign.b", V64I8, value, w)
+        zero = const(V64I8, 0)
+        return self.b.select(self.b.icmp_signed("<", w, zero), self.b.sub(zero, value), value)
 
     def _widen(self) -> None:
         for i, pairs in enumerate(self.pairs):

@@ -38,6 +38,7 @@ from .simd import (
     vload,
     vmax,
     vmin,
+    void,
     vrint,
     vsplat,
     vstore,
@@ -48,7 +49,6 @@ from .simd import (
     vsum_i32,
     vto_i32,
     vwhere,
-    void,
     word,
 )
 
