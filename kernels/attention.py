@@ -28,7 +28,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .block import HEAD_DIM, KV_BYTES, PAGE, PART, ROW_TILE, SPAN, SPAN_SCRATCH, VALUES_SCRATCH, B, S
+from .block import HEAD_DIM, KV_BYTES, PAGE, PART, QUERIES_SCRATCH, ROW_TILE, SPAN, SPAN_SCRATCH, B, S
 from .dots import emit_pairs
 from .jit import TIER, kernel
 from .matmul import make_tile
@@ -76,6 +76,7 @@ from .simd import (
     vstore_i16,
     vsum,
     vto_i32,
+    vwhere,
     word,
 )
 from .target import record_bytes, token_tile
@@ -156,13 +157,33 @@ def _emit_hadamard(b: ir.IRBuilder, x: ir.Value, out: ir.Value) -> None:
 hadamard = word(void, [i64, i64], _emit_hadamard)  # 64 floats times H / 8, which is its own inverse; out may be x
 
 
+def make_queries(kind: str) -> Any:
+    """queries(q, rows, records, temporary): address of what `scores` of K of this kind reads: q, f32 (rows, 64) rotated
+    and scaled, or int8 records of it.
+
+    records: 256 bytes a row; temporary: 256 bytes.
+    """
+    quantised = kind not in FLOATS
+
+    @kernel
+    def queries(q, rows, records, temporary):  # type: ignore[no-untyped-def]
+        if not quantised:
+            return q
+        for r in range(rows):
+            hadamard(q + 4 * HEAD_DIM * r, temporary)
+            quantise(temporary, HEAD_DIM, 2, records + Q_RECORD * r, Q_RECORD * rows)
+        return records
+
+    return queries
+
+
 def make_scores(rows: int, kind: str) -> Any:
     """scores(q, k_page, groups, s, next): s[r][16 g + lane] = q[r] . K[g][:, lane] for g < groups.
 
-    q: f32 (rows, 64), or their records where K is quantised; s: f32 rows, SPAN floats apart. All 4 groups of a page are
-    computed at once where registers allow it: for few rows always, or their sums would wait for each other.
-    next: address of what is read soon, as many bytes as the page's K. A page is a new stream for the hardware, which
-    fetches ahead only within one: without this, decode at depth read the cache at a third of the memory's speed.
+    q: what `make_queries` gives; s: f32 rows, SPAN floats apart. All 4 groups of a page are computed at once where
+    registers allow it: for few rows always, or their sums would wait for each other. next: address of what is read
+    soon, as many bytes as the page's K. A page is a new stream for the hardware, which fetches ahead only within one:
+    without this, decode at depth read the cache at a third of the memory's speed.
     """
     if kind not in FLOATS:
         return _make_panel_scores(rows, kind)
@@ -226,8 +247,8 @@ def _make_panel_scores(rows: int, kind: str) -> Any:
 def make_values(rows: int, kind: str) -> Any:
     """values(p, v_page, count, o, next, scratch): o[r] += sum over positions i < count of p[r][i] * V[i].
 
-    p: f32 rows, SPAN floats apart; o: f32 rows, PART floats apart; next: as for `scores`; scratch: VALUES_SCRATCH
-    bytes.
+    p: f32 rows, SPAN floats apart, 0 from `count` to the end of the page; o: f32 rows, PART floats apart; next: as for
+    `scores`; scratch: what a span has for it.
     """
     if kind not in FLOATS:
         return _make_integer_values(rows, kind)
@@ -258,7 +279,8 @@ def make_values(rows: int, kind: str) -> Any:
 def _make_integer_values(rows: int, kind: str) -> Any:
     """`make_values` of a quantised V: weights times scales become i16 with one factor a page, block and row.
 
-    Two positions meet in one product of pairs: a page's sum, below 64 * 32767 * 127, is exact in i32.
+    Two positions meet in one product of pairs: a page's sum, below 64 * 32767 * 127, is exact in i32. All factors of a
+    page are made together, a lane each, as in `quantise`.
     """
     blocks, eights, sixteens = HEAD_DIM // BLOCK, ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, 2 * LANES)
     pair_bytes = HEAD_DIM if kind == "q4_0" else 2 * HEAD_DIM
@@ -296,27 +318,32 @@ def _make_integer_values(rows: int, kind: str) -> Any:
 
     @kernel
     def values(p, page, count, o, following, scratch):  # type: ignore[no-untyped-def]
-        scaled = scratch + 2 * PAGE * rows * blocks  # f32 (PAGE,), behind the i16 weights
-        factors = scaled + 4 * PAGE
+        d = scratch + 2 * PAGE * rows * blocks  # f32 (blocks, PAGE), behind the i16 weights
+        factors = d + 4 * PAGE * blocks  # f32 of each block and row, then their inverses
+        inverses = factors + 4 * LANES
         scales = PAGE // 2 * pair_bytes
         for line in range(scales, scales + 2 * PAGE * blocks, 64):
             prefetch(following + line)
         for block in range(blocks):
+            for i in range(0, PAGE, LANES):
+                there = vfirst(count - i, vload_half(page + scales + 2 * (PAGE * block + i)), vsplat(f32(0.0)))
+                vstore(d + 4 * (PAGE * block + i), there)
+        vstore(factors, vsplat(f32(0.0)))
+        for block in range(blocks):
             for r in range(rows):
                 top = vsplat(f32(0.0))
-                for i in range(0, count, LANES):
-                    d = vload_half(page + scales + 2 * (PAGE * block + i))
-                    weights = vfirst(count - i, vload(p + 4 * (SPAN * r + i)) * d, vsplat(f32(0.0)))
-                    vstore(scaled + 4 * i, weights)
-                    top = vmax(top, vabs(weights))
-                m = vhmax(top)
-                factor, inverse = f32(0.0), f32(0.0)
-                if m > f32(TINY):
-                    factor, inverse = m / f32(32767.0), f32(32767.0) / m
-                for i in range(0, count, LANES):
-                    whole = vto_i32(vrint(vload(scaled + 4 * i) * vsplat(inverse)))
-                    vstore_i16(scratch + 2 * (PAGE * (rows * block + r) + i), whole)
-                put_f32(factors + 4 * (rows * block + r), factor)
+                for i in range(0, PAGE, LANES):
+                    top = vmax(top, vabs(vload(p + 4 * (SPAN * r + i)) * vload(d + 4 * (PAGE * block + i))))
+                put_f32(factors + 4 * (rows * block + r), vhmax(top))
+        top = vload(factors)
+        vstore(factors, vwhere(top, vsplat(f32(TINY)), top / vsplat(f32(32767.0))))
+        vstore(inverses, vwhere(top, vsplat(f32(TINY)), vsplat(f32(32767.0)) / top))
+        for block in range(blocks):
+            for r in range(rows):
+                inverse = vsplat(get_f32(inverses + 4 * (rows * block + r)))
+                for i in range(0, PAGE, LANES):
+                    weights = vload(p + 4 * (SPAN * r + i)) * vload(d + 4 * (PAGE * block + i))
+                    vstore_i16(scratch + 2 * (PAGE * (rows * block + r) + i), vto_i32(vrint(weights * inverse)))
         sums(scratch, page, (count + 1) // 2, o, following, factors)
 
     return values
@@ -400,13 +427,12 @@ def make_span(rows: int, key: str, value: str) -> Any:
     """span(q, first_row, group, start, first, pages, page_offset, value_offset, s, parts): partials of `rows` rows over
     one span.
 
-    Row r is head (first_row + r) % group of the token at position start + (first_row + r) // group. q: f32 (rows, 64),
-    rotated and scaled. first: first position of the span. pages: addresses of the sequence's pages; page_offset: this
-    layer and head inside a page. s: scratch of SPAN_SCRATCH bytes: scores f32 (rows, SPAN), that of `values`, records
-    of q. parts: f32 (rows, PART). Rows that see nothing of the span get l = 0 and are not to be merged.
+    Row r is head (first_row + r) % group of the token at position start + (first_row + r) // group. q: what
+    `make_queries` gives. first: first position of the span. pages: addresses of the sequence's pages; page_offset: this
+    layer and head inside a page. s: scratch of SPAN_SCRATCH bytes: scores f32 (rows, SPAN), that of `values`. parts:
+    f32 (rows, PART). Rows that see nothing of the span get l = 0 and are not to be merged.
     """
     scores, values = make_scores(rows, key), make_values(rows, value)
-    quantised = key not in FLOATS
     value_bytes = PAGE * HEAD_DIM // BLOCK * KV_BYTES[value]
 
     @kernel
@@ -414,19 +440,13 @@ def make_span(rows: int, key: str, value: str) -> Any:
         last = start + (first_row + rows - 1) // group + 1  # positions that the last row sees
         filled = min(last - first, SPAN)
         scaled = s + 4 * ROW_TILE * SPAN
-        records = scaled + VALUES_SCRATCH
-        if quantised:
-            for r in range(rows):
-                hadamard(q + 4 * HEAD_DIM * r, scaled)
-                quantise(scaled, HEAD_DIM, 2, records + Q_RECORD * r, Q_RECORD * rows)
-        operand = records if quantised else q
         count = (filled + PAGE - 1) // PAGE
         for i in range(count):
             groups = (min(filled - i * PAGE, PAGE) + LANES - 1) // LANES
             page = part_of_span(pages, first, count, i, page_offset, value_offset, value_bytes)
             ahead = part_of_span(pages, first, count, i + AHEAD, page_offset, value_offset, value_bytes)
-            scores(operand, page, groups, s + 4 * PAGE * i, ahead)
-        padded = (filled + LANES - 1) // LANES * LANES
+            scores(q, page, groups, s + 4 * PAGE * i, ahead)
+        padded = count * PAGE
         for r in range(rows):
             put_f32(parts + 4 * PART * r, largest(s + 4 * SPAN * r, seen_by(first_row + r, group, start - first)))
         for r in range(rows):
@@ -639,8 +659,8 @@ def place_of(block, layer, head):  # type: ignore[no-untyped-def]
     return layer * get_i64(block + B.layer_bytes) + head * get_i64(block + B.head_bytes)
 
 
-def make_attend_rows(span: Any) -> Any:
-    """attend_rows of a pass of many tokens, from `make_spans`."""
+def make_attend_rows(queries: Any, span: Any) -> Any:
+    """attend_rows of a pass of many tokens, from `make_queries` and `make_spans`."""
 
     @kernel
     def attend_rows(block, segment, layer, head, first_row, end_row, qkv, scratch):  # type: ignore[no-untyped-def]
@@ -651,7 +671,7 @@ def make_attend_rows(span: Any) -> Any:
         group, start = heads // kv_heads, get_i64(segment + S.start)
         pages, place = get_i64(segment + S.pages), place_of(block, layer, head)
         value_offset = get_i64(block + B.value_offset)
-        q, s = scratch, scratch + 4 * ROW_TILE * HEAD_DIM
+        q, s = scratch, scratch + QUERIES_SCRATCH
         total = s + SPAN_SCRATCH
         part = total + 4 * ROW_TILE * PART
         step = 4 * (heads + 2 * kv_heads) * HEAD_DIM
@@ -667,9 +687,10 @@ def make_attend_rows(span: Any) -> Any:
                 h += 1
                 if h == (head + 1) * group:
                     h, row = head * group, row + step
+            operand = queries(q, rows, q + 4 * ROW_TILE * HEAD_DIM, s)
             for first in range(0, start + (first_row + rows - 1) // group + 1, SPAN):
                 into = part if first else total
-                span(rows, q, first_row, group, start, first, pages, place, value_offset, s, into)
+                span(rows, operand, first_row, group, start, first, pages, place, value_offset, s, into)
                 if first:
                     for r in range(rows):
                         if get_f32(part + 4 * PART * r + 4) > f32(0.0):
@@ -687,21 +708,22 @@ def make_attend_rows(span: Any) -> Any:
     return attend_rows
 
 
-def make_attend_span(span: Any) -> Any:
-    """attend_span of a segment of one token, from `make_spans`."""
+def make_attend_span(queries: Any, span: Any) -> Any:
+    """attend_span of a segment of one token, from `make_queries` and `make_spans`."""
 
     @kernel
     def attend_span(block, segment, layer, head, first, qkv, scratch):  # type: ignore[no-untyped-def]
         """One span of a single token's rows of a KV head, kept as partials for `merge_spans`."""
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
-        group = heads // kv_heads
+        group, s = heads // kv_heads, scratch + QUERIES_SCRATCH
         r = 0
         while r < group:
             rows, h = rows_of(group - r), head * group + r
             part = get_i64(segment + S.parts) + 4 * PART * (first // SPAN * heads + h)
+            q = queries(qkv + 4 * HEAD_DIM * h, rows, scratch, s)
             span(
-                rows, qkv + 4 * HEAD_DIM * h, r, group, get_i64(segment + S.start), first, get_i64(segment + S.pages),
-                place_of(block, layer, head), get_i64(block + B.value_offset), scratch + 4 * ROW_TILE * HEAD_DIM, part,
+                rows, q, r, group, get_i64(segment + S.start), first, get_i64(segment + S.pages),
+                place_of(block, layer, head), get_i64(block + B.value_offset), s, part,
             )  # fmt: skip
             r += rows
 
@@ -710,8 +732,8 @@ def make_attend_span(span: Any) -> Any:
 
 def make_attention(key: str, value: str) -> tuple[Any, Any]:
     """(store_kv, attention) of a pass, for a KV cache of these kinds (block.KV_BYTES)."""
-    span = make_spans(key, value)
-    attend_rows, attend_span = make_attend_rows(span), make_attend_span(span)
+    queries, span = make_queries(key), make_spans(key, value)
+    attend_rows, attend_span = make_attend_rows(queries, span), make_attend_span(queries, span)
 
     @kernel
     def attention(block, layer, counter, qkv, scratch):  # type: ignore[no-untyped-def]

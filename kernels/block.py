@@ -100,14 +100,14 @@ def f32_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-# Where V is quantised: i16 weights of two blocks, one row of them in f32, a factor for each row and block.
-VALUES_SCRATCH = 2 * 2 * ROW_TILE * PAGE + 4 * PAGE + 64
-# Scratch of a span: scores, the above, int8 records of q (256 bytes a row).
-SPAN_SCRATCH = ROW_TILE * (4 * SPAN + 256) + VALUES_SCRATCH
-# A thread's scratch: attention's q, its span's, partials and a copy of one head; then one row of max_k floats, and as
-# activations of 4 bytes a float each (two int8 terms, one, f32); then an unpacked row group; then u of three adapters;
-# at the end the block and the segment of the rows that are wanted.
-ATTENTION_SCRATCH = 4 * (ROW_TILE * (HEAD_DIM + 2 * PART) + HEAD_DIM) + SPAN_SCRATCH
+# Scratch of attention: queries f32 (rows, 64), then int8 records of them, 256 bytes a row;
+QUERIES_SCRATCH = ROW_TILE * (4 * HEAD_DIM + 256)
+# that of a span: scores; where V is quantised, i16 weights of a page's two blocks, the blocks' scales, 2 x 16 factors.
+SPAN_SCRATCH = 4 * ROW_TILE * SPAN + 2 * (2 * ROW_TILE * PAGE + 4 * PAGE + 64)
+# A thread's scratch: attention's, partials and a copy of one head; then one row of max_k floats, and as activations of
+# 4 bytes a float each (two int8 terms, one, f32); then an unpacked row group; then u of three adapters; at the end the
+# block and the segment of the rows that are wanted.
+ATTENTION_SCRATCH = QUERIES_SCRATCH + SPAN_SCRATCH + 4 * (2 * ROW_TILE * PART + HEAD_DIM)
 
 
 TAIL_BYTES = 8 * (B.size + S.size)
