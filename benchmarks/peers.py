@@ -60,9 +60,10 @@ TESTS = "pp512,tg128,tg128@d4096,tg128@d7680"
 WARM_PREFILL, WARM_DECODE = 512, 8  # ids of the round that is thrown away, at most
 CHECK_TOKENS = 64
 
-# llama.cpp as pip builds it, for this CPU, and for any with AVX2: name -> CMAKE_ARGS
+# llama.cpp as pip builds it, for this CPU, for any with AVX2, and for those before: name -> CMAKE_ARGS
 AVX2 = "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON"
-LLAMA = {"llama.cpp": "", "llama.cpp-avx2": AVX2}
+SSE42 = AVX2.replace("=ON", "=OFF") + " -DGGML_BMI2=OFF -DGGML_SSE42=ON"
+LLAMA = {"llama.cpp": "", "llama.cpp-avx2": AVX2, "llama.cpp-sse42": SSE42}
 # peer -> what pip installs
 PACKAGES = {
     **{name: ["llama-cpp-python"] for name in LLAMA},

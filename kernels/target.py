@@ -4,7 +4,7 @@
     avx512       x86-64-v4                 vpmaddubsw zmm      Skylake-X
     avxvnni      x86-64-v3 + AVX-VNNI      {vex} vpdpbusd ymm  Alder Lake and later, without AVX-512
     avx2         x86-64-v3                 vpmaddubsw ymm      Haswell, Zen 1 and later
-    generic      x86-64                    LLVM vectors only   everything else
+    generic      x86-64                    pmaddwd xmm         everything else
     i8mm         Armv8.6                   smmla, and sdot     Cortex-A510, A710, X2, Neoverse N2, Apple M2 and later
     dotprod      Armv8.4, or 8.2 with it   sdot by element     Cortex-A55, A75, A76 (Pi 5), Apple A13, M1
     neon         Armv8                     smull, sadalp       Cortex-A53 (Pi 3, Pi Zero 2), A72 (Pi 4)
