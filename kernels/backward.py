@@ -418,7 +418,7 @@ def swiglu_back(item, a, scratch):  # type: ignore[no-untyped-def]
 
 TILE = QUERY_TILE * QUERY_TILE * 4  # bytes of a tile of attention
 STEP = 8 if TIER.row_lanes == 16 else 2  # rows of one call of the matmul's tile
-product = make_tile(PANELS["F32"], 0, (STEP,))
+product = make_tile(PANELS["F32"], 0, {STEP: 1})
 
 
 @kernel

@@ -17,7 +17,7 @@ V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 V8I8, V16I8, V8I16, V4I32, V2I64 = (ir.VectorType(t, n) for t, n in ((I8, 8), (I8, 16), (I16, 8), (I32, 4), (I64, 2)))
 
 
-def _pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
+def pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
     """A vector cut into equal parts."""
     lanes = value.type.count // count
     return (
@@ -26,7 +26,7 @@ def _pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
 
 
 def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
-    """The inverse of `_pieces`, of a power of two."""
+    """The inverse of `pieces`, of a power of two."""
     while len(parts) > 1:
         parts = [
             _shuffle(b, low, high, range(low.type.count * 2)) for low, high in zip(*[iter(parts)] * 2, strict=True)
@@ -41,11 +41,12 @@ def _shuffle(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: Iterable[int]) ->
 
 
 def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Value) -> ir.Value:
-    """An x86 intrinsic on the whole 64-byte value, register by register; `name` has {bits} where the width goes."""
-    count = 16 // TIER.row_lanes
-    cut = [_pieces(b, a, count) for a in args]
+    """An x86 intrinsic on whole values, register by register; `name` has {bits} where the width goes."""
+    width = 32 * TIER.row_lanes
+    count = result.count * result.element.width // width
+    cut = [pieces(b, a, count) for a in args]
     part = ir.VectorType(result.element, result.count // count)
-    function = declare(b, name.format(bits=512 // count), part, [c[0].type for c in cut])
+    function = declare(b, name.format(bits=width), part, [c[0].type for c in cut])
     return join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
 
 
@@ -58,11 +59,11 @@ def look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
     """table[index] of many i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
     if not TIER.x86:
         tbl = declare(b, "llvm.aarch64.neon.tbl1.v16i8", V16I8, [V16I8, V16I8])
-        parts = _pieces(b, index, index.type.count // 16)
+        parts = pieces(b, index, index.type.count // 16)
         return join(b, [b.call(tbl, [ir.Constant(V16I8, table), part]) for part in parts])
     if TIER.dot != "plain":
-        lanes = ir.Constant(V64I8, table * 4)  # the shuffle stays within 16 bytes
-        return _by_register(b, _SHUFFLE[TIER.row_lanes], V64I8, lanes, index)
+        lanes = ir.Constant(index.type, table * (index.type.count // 16))  # the shuffle stays within 16 bytes
+        return _by_register(b, _SHUFFLE[TIER.row_lanes], index.type, lanes, index)
     value = const(V64I8, table[0])
     for i, level in enumerate(table[1:], 1):
         value = b.select(b.icmp_unsigned("==", index, const(V64I8, i)), const(V64I8, level), value)
@@ -85,7 +86,7 @@ class Dots:
     """Sums of quad products of one scale group for some tokens; subclasses are instruction sets.
 
     `add(j, w, x)` takes quad j of the weights and the address of each token's block of 32 activations; `total(i)` gives
-    the i32x16 sum.
+    the sum, i32 of each row.
 
     Attributes:
         unsigned: 8-bit weights are wanted with 128 added.
@@ -101,7 +102,7 @@ class Dots:
         return ROWS
 
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
-        self.b, self.bits = b, panel.bits
+        self.b, self.bits, self.lanes = b, panel.bits, starts[0].type.count if starts else ROWS
         self.sums = list(starts)
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
@@ -112,7 +113,7 @@ class Dots:
 
     def _x(self, address: ir.Value, j: int) -> ir.Value:
         """Quad j of a token's activations for all rows."""
-        return splat(self.b, load(self.b, at(self.b, address, 4 * j), I32))
+        return splat(self.b, load(self.b, at(self.b, address, 4 * j), I32), self.lanes)
 
 
 class VnniDots(Dots):
@@ -123,8 +124,8 @@ class VnniDots(Dots):
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         b = self.b
         for i, address in enumerate(x):
-            quad = b.bitcast(self._x(address, j), V64I8)
-            self.sums[i] = _by_register(b, "llvm.x86.avx512.vpdpbusd.{bits}", V16I32, self.sums[i], w, quad)
+            quad, total = b.bitcast(self._x(address, j), w.type), self.sums[i]
+            self.sums[i] = _by_register(b, "llvm.x86.avx512.vpdpbusd.{bits}", total.type, total, w, quad)
 
 
 class MaddubsDots(Dots):
@@ -213,7 +214,7 @@ class SdotDots(Dots):
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         super().__init__(b, panel, [])
         self.registers = starts[0].type.count // 4  # of a quad of weights, and of sums
-        self.parts = [_pieces(b, start, self.registers) for start in starts]
+        self.parts = [pieces(b, start, self.registers) for start in starts]
 
     def _quad(self, address: ir.Value, j: int) -> ir.Value:
         """Quad j of a token's activations, four times; LLVM loads each register once."""
@@ -222,7 +223,7 @@ class SdotDots(Dots):
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         sdot = declare(self.b, "llvm.aarch64.neon.sdot.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
-        parts = _pieces(self.b, w, self.registers)
+        parts = pieces(self.b, w, self.registers)
         for i, address in enumerate(x):
             quad = self._quad(address, j)
             self.parts[i] = [self.b.call(sdot, [s, part, quad]) for s, part in zip(self.parts[i], parts, strict=True)]
@@ -249,7 +250,7 @@ class SmmlaDots(SdotDots):
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         b, smmla = self.b, declare(self.b, "llvm.aarch64.neon.smmla.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
-        quads = [b.bitcast(part, V4I32) for part in _pieces(b, w, self.registers)]
+        quads = [b.bitcast(part, V4I32) for part in pieces(b, w, self.registers)]
         if j % 2 == 0:
             self.even = quads
             return
@@ -287,9 +288,9 @@ class SmullDots(SdotDots):
         if self.held == self.room:
             self._widen()
         smull = declare(b, "llvm.aarch64.neon.smull.v8i16", V8I16, [V8I8, V8I8])
-        rows = _pieces(b, w, 2 * self.registers)
+        rows = pieces(b, w, 2 * self.registers)
         for i, address in enumerate(x):
-            quads = _pieces(b, self._quad(address, j), 2)
+            quads = pieces(b, self._quad(address, j), 2)
             for r, part in enumerate(rows):
                 product, sums = b.call(smull, [part, quads[r % 2]]), self.products[i]
                 sums[r] = product if sums[r] is None else b.add(sums[r], product)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llvmlite import ir
@@ -79,15 +79,16 @@ MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1
 
 
 class Record:
-    """Rows of one block of 16 rows inside IR: where their planes and scales are.
+    """Rows of one block of 16 rows inside IR, or of several row groups: where their planes and scales are.
 
-    record: address of the record; within: number of the block in it.
+    record: address of the record; within: number of the block in it; apart: bytes from row group to row group.
     """
 
     def __init__(
-        self, b: ir.IRBuilder, panel: Panel, record: ir.Value, within: ir.Value, first: int = 0, rows: int = ROWS
-    ) -> None:
-        self.b, self.panel, self.first, self.rows = b, panel, first, rows
+        self, b: ir.IRBuilder, panel: Panel, record: ir.Value, within: ir.Value, apart: ir.Value, first: int = 0,
+        rows: int = ROWS,
+    ) -> None:  # fmt: skip
+        self.b, self.panel, self.apart, self.first, self.rows = b, panel, apart, first, rows
         self.bytes, self.pairs = ir.VectorType(I8, 4 * rows), ir.VectorType(I16, 2 * rows)
         self.halves, self.eights, self.floats = (ir.VectorType(t, rows) for t in (I16, I8, F32))
         self.scales, self.within = record, within
@@ -109,8 +110,14 @@ class Record:
 
     def _vector(self, offset: int) -> ir.Value:
         if offset not in self.loaded:
-            self.loaded[offset] = load(self.b, at(self.b, self.planes, offset + 4 * self.first), self.bytes)
+            self.loaded[offset] = self._load(at(self.b, self.planes, offset + 4 * self.first), self.bytes)
         return self.loaded[offset]
+
+    def _load(self, address: ir.Value, kind: ir.VectorType) -> ir.Value:
+        """What lies at an address of the first row group, and there of the others, side by side."""
+        b, groups = self.b, max(self.rows // ROWS, 1)
+        part = ir.VectorType(kind.element, kind.count // groups)
+        return join(b, [load(b, b.add(address, b.mul(self.apart, ir.Constant(I64, i))), part) for i in range(groups)])
 
     def _field(self, vector: ir.Value, first: int, bits: int, target: int) -> ir.Value:
         """Bits [first, first + bits) of every byte, moved to bit `target`; the others are 0."""
@@ -136,12 +143,12 @@ class Record:
 
     def _f16(self, offset: int) -> ir.Value:
         """The rows' f16 scales at an offset."""
-        return emit_half_to_f32(self.b, load(self.b, at(self.b, self.scales, offset + 2 * self.first), self.halves))
+        return emit_half_to_f32(self.b, self._load(at(self.b, self.scales, offset + 2 * self.first), self.halves))
 
     def _i8(self, index: ir.Value) -> ir.Value:
         """The rows' sub-scales of a number."""
         offset = self.b.mul(index, ir.Constant(I64, ROWS))
-        return load(self.b, at(self.b, self.b.add(self.scales, offset), self.first), self.eights)
+        return self._load(at(self.b, self.b.add(self.scales, offset), self.first), self.eights)
 
     def scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
         """(S, M) of scale group 0 or 1 of the block, f32 of each row; M is None without minimum."""
@@ -156,7 +163,7 @@ class Record:
         if panel.scales == "dm":
             return self._f16(0), self._f16(2 * ROWS)
         if panel.scales == "dz":
-            d, z = self._f16(0), load(b, at(b, self.scales, 2 * ROWS + self.first), self.eights)
+            d, z = self._f16(0), self._load(at(b, self.scales, 2 * ROWS + self.first), self.eights)
             return d, b.fneg(b.fmul(d, b.uitofp(z, floats)))
         per_block = BLOCK // panel.group
         subs = panel.blocks * per_block
@@ -242,27 +249,29 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
             totals = [b.add(s, start) for s, start in zip(totals, starts(), strict=True)]
         sums = dots(b, panel, totals)
         for j in order:
+            if rows > ROWS and j == BLOCK // 8:  # LLVM would put sums on the stack to keep the planes
+                record.forget()
             sums.add(j, record.quad(j, dots.unsigned), [at(b, token, BLOCK * term) for token in x])
         totals = [sums.total(t) for t in range(len(x))]
     return totals
 
 
 def _int8_block(
-    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, within: ir.Value, x: ir.Value, acc: Sums
+    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, within: ir.Value, apart: ir.Value, x: ir.Value, acc: Sums
 ) -> None:
     """acc[t][i] += dot product of a block of the record at w with token t, part i of the rows.
 
-    x: address of the first token's record.
+    apart: bytes from row group to row group; x: address of the first token's record.
     """
-    rows = ROWS // len(acc[0])
+    rows = acc[0][0].type.pointee.count
     for part in range(len(acc[0])):
         # hidden, LLVM does not keep an address in a register for each block of a record that it has unrolled
         first = emit_hidden(b, x) if part or (terms == 2 and len(acc) == 1) else x
         records = [at(b, first, record_bytes(terms) * t) for t in range(len(acc))]
-        record = Record(b, panel, w, within, part * rows, rows)
+        record = Record(b, panel, w, within, apart, part * rows, rows)
         if len(acc) <= 2 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
             record.read()
-        if len(acc) in FEW:
+        if len(acc) in FEW and rows <= ROWS:
             share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
             place = b.add(w, b.mul(within, ir.Constant(I64, share)))
             for line in range(0, share, 64):
@@ -285,21 +294,22 @@ def _int8_block(
 
 
 def _emit_tile(
-    b: ir.IRBuilder, panel: Panel, terms: int, tokens: int,
+    b: ir.IRBuilder, panel: Panel, terms: int, tokens: int, groups: int,
     w: ir.Value, nb: ir.Value, x: ir.Value, slots: ir.Value, y: ir.Value, y_stride: ir.Value, add: ir.Value,
 ) -> None:  # fmt: skip
-    """`tokens` columns of y times one row group. terms as in make_matmul; 0 needs a float panel."""
-    rows = dots_of(tokens).rows(tokens * terms) if terms else ROWS
-    lanes, parts = ir.VectorType(F32, rows), range(ROWS // rows)
+    """`tokens` columns of y times `groups` row groups. terms as in make_matmul; 0 needs a float panel."""
+    rows = dots_of(tokens).rows(tokens * terms) if terms and groups == 1 else ROWS * groups
+    lanes, parts = ir.VectorType(F32, rows), range(max(ROWS // rows, 1))
     count = 1 if terms else 2
     chains: list[Sums] = [[[cgutils.alloca_once(b, lanes) for _ in parts] for _ in range(tokens)] for _ in range(count)]
     for a in itertools.chain(*itertools.chain(*chains)):
         b.store(const(lanes, 0.0), a)
     if terms:
         step = b.mul(slots, ir.Constant(I64, record_bytes(terms)))
+        apart = b.mul(b.sdiv(nb, ir.Constant(I64, panel.blocks)), ir.Constant(I64, panel.record_bytes))
 
         def accumulate(record: ir.Value, within: ir.Value, block: ir.Value) -> None:
-            _int8_block(b, panel, terms, record, within, b.add(x, b.mul(block, step)), chains[0])
+            _int8_block(b, panel, terms, record, within, apart, b.add(x, b.mul(block, step)), chains[0])
 
         # a single token: what the blocks of a record share is then loaded and converted once
         _each_block(b, panel, w, nb, accumulate, unrolled=tokens == 1)
@@ -315,25 +325,28 @@ def _emit_tile(
                 row = b.add(first, b.mul(step, ir.Constant(I64, kk)))
                 for t, (a,) in enumerate(chains[kk % 2]):
                     b.store(emit_fma(b, weights, broadcast_f32(b, at(b, row, 4 * t)), b.load(a)), a)
-    for t, sums in enumerate(zip(*chains, strict=True)):
-        total = functools.reduce(b.fadd, (join(b, [b.load(a) for a in chain]) for chain in sums))
-        out = b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t)))
-        kept = cgutils.alloca_once(b, V16F32)
-        b.store(const(V16F32, 0.0), kept)
-        with b.if_then(b.icmp_signed("!=", add, ir.Constant(I64, 0))):
-            b.store(load(b, out, V16F32), kept)
-        store(b, out, b.fadd(total, b.load(kept)))
+    outs = [b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t))) for t in range(tokens)]
+    totals = []
+    for sums in zip(*chains, strict=True):
+        totals.append(functools.reduce(b.fadd, (join(b, [b.load(a) for a in chain]) for chain in sums)))
+    with b.if_else(b.icmp_signed("!=", add, ir.Constant(I64, 0))) as (then, otherwise):
+        with then:
+            for out, total in zip(outs, totals, strict=True):
+                store(b, out, b.fadd(total, load(b, out, total.type)))
+        with otherwise:
+            for out, total in zip(outs, totals, strict=True):
+                store(b, out, b.fadd(total, const(total.type, 0.0)))
 
 
-def make_tile(panel: Panel, terms: int, sizes: Sequence[int]) -> Any:
-    """Intrinsic tile(tokens, w, nb, x, slots, y, y_stride, add): so many columns of y, one of `sizes`, times one row
-    group.
+def make_tile(panel: Panel, terms: int, sizes: Mapping[int, int]) -> Any:
+    """Intrinsic tile(tokens, w, nb, x, slots, y, y_stride, add): so many columns of y, a key of `sizes`, times its
+    value of row groups.
     """
 
     def emit(b: ir.IRBuilder, tokens: ir.Value, *arguments: ir.Value) -> None:
-        for size in sizes:
+        for size, groups in sizes.items():
             with b.if_then(b.icmp_signed("==", tokens, ir.Constant(I64, size))):
-                _emit_tile(b, panel, terms, size, *arguments)
+                _emit_tile(b, panel, terms, size, groups, *arguments)
 
     return word(void, [i64] * 8, emit)
 
@@ -352,34 +365,39 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
         return _make_unpacked_matmul(name)
     full = token_tile(TIER, terms)
     size = record_bytes(terms) if terms else 4  # bytes from token to token
-    tile = make_tile(panel, terms, tile_sizes(full))
-    return tiled(tile, full, panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
+    # with sub-scales and minima there is too much to unpack for the six tokens that two row groups leave room for
+    groups = TIER.abreast if terms and panel.scales not in ("dm_sub", "dm_sub4") else 1
+    tile = make_tile(panel, terms, tile_sizes(full, groups))
+    return tiled(tile, full, groups, panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
 
 
-def tile_sizes(full: int) -> list[int]:
-    """Tokens of the tiles that `tiled` takes."""
-    return [*(t for t in (1, 2, 4, 8) if t < full), full]
+def tile_sizes(full: int, groups: int) -> dict[int, int]:
+    """Tokens of the tiles that `tiled` takes, and their row groups."""
+    return {t: 1 for t in (1, 2, 4, 8) if t < full} | {full // groups: groups}
 
 
-def tiled(tile: Any, full: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
-    """matmul(...) of a tile of up to `full` tokens. Bytes: group_record of a block of a row group, slot from token to
-    token of a tile, token_block of a token's block.
+def tiled(tile: Any, full: int, groups: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
+    """matmul(...) of tiles of up to `full` tokens; of so many, as many tiles of `groups` row groups. Bytes:
+    group_record of a block of a row group, slot from token to token of a tile, token_block of a token's block.
     """
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
         for t0 in range(0, n, full):
             slots, first = min(full, n - t0), x + t0 * nb * token_block
-            for g in range(g0, g1):
+            g = g0
+            while g < g1:
+                whole = slots == full and g + groups <= g1
                 j = 0
                 while j < slots:
-                    tokens = full
-                    if slots < full:
+                    tokens = full // groups
+                    if not whole:
                         tokens = 8
                         while tokens > slots - j:
                             tokens //= 2
                     out = y + ((t0 + j) * y_stride + g * ROWS) * 4
                     tile(tokens, w + g * nb * group_record, nb, first + j * slot, slots, out, y_stride, add)
                     j += tokens
+                g += groups if whole else 1
 
     return matmul
 
@@ -396,7 +414,7 @@ def make_unpack(name: str) -> Any:
                     value = emit_load_as_f32(b, at(b, start, panel.record_bytes // BLOCK * kk), panel.name)
                     store(b, at(b, base, kk * ROWS * 4), value)
                 return
-            record = Record(b, panel, start, within)
+            record = Record(b, panel, start, within, ir.Constant(I64, 0))
             signed = panel.bits == 8
             for j in range(BLOCK // 4):
                 scale, minimum = record.scale(4 * j // panel.group)

@@ -14,6 +14,8 @@ from .block import HEAD_DIM
 from .jit import TIER, kernel
 from .matmul import DSUM, HIGH32, LOW32, SUM8, SUM16, SUM128, D
 from .simd import (
+    AT_ONCE,
+    F32,
     I16,
     I32,
     I64,
@@ -21,18 +23,20 @@ from .simd import (
     V16I32,
     at,
     const,
+    emit_exp,
     f32,
     get_f32,
+    i32,
     i32x16,
     i64,
     load,
     put_f32,
-    put_i32,
-    sixteen_lanes,
+    splat,
     sqrt,
+    stack,
     store,
     vabs,
-    vexp,
+    vfirst,
     vfma,
     vhmax,
     vload,
@@ -70,13 +74,31 @@ def rmsnorm(x, weight, n, eps, out):  # type: ignore[no-untyped-def]
         vstore(out + 4 * i, vload(x + 4 * i) * scale * vload(weight + 4 * i))
 
 
+def _swiglu(vectors: int) -> Any:
+    """Intrinsic swiglu(gate, up) of so many vectors at a time."""
+
+    def emit(b: ir.IRBuilder, gate: ir.Value, up: ir.Value) -> None:
+        kind = ir.VectorType(F32, LANES * vectors)
+        g = load(b, gate, kind)
+        silu = b.fdiv(g, b.fadd(const(kind, 1.0), emit_exp(b, b.fsub(const(kind, 0.0), g))))
+        store(b, gate, b.fmul(silu, load(b, up, kind)))
+
+    return word(void, [i64, i64], emit)
+
+
+swiglu_one, swiglu_more = _swiglu(1), _swiglu(AT_ONCE)
+
+
 @kernel
 def swiglu(gate, up, n):  # type: ignore[no-untyped-def]
     """gate[n] = gate / (1 + exp(-gate)) * up   (arXiv 2002.05202)."""
-    one, zero = vsplat(f32(1.0)), vsplat(f32(0.0))
-    for i in range(0, n, 16):
-        g = vload(gate + 4 * i)
-        vstore(gate + 4 * i, g / (one + vexp(zero - g)) * vload(up + 4 * i))
+    i = 0
+    while i + LANES * AT_ONCE <= n:
+        swiglu_more(gate + 4 * i, up + 4 * i)
+        i += LANES * AT_ONCE
+    while i < n:
+        swiglu_one(gate + 4 * i, up + 4 * i)
+        i += LANES
 
 
 @kernel
@@ -124,38 +146,56 @@ def _put_integers(q, terms, record, half):  # type: ignore[no-untyped-def]
     return vsum_i8(first) * 256 + vsum_i8(second)
 
 
+# Which sum a field is made of, low + high, low or high, and by how many bits that is shifted, then negated
+FIELDS = {DSUM: (0, 0), SUM8: (0, 3), SUM16: (0, 4), SUM128: (0, 7), LOW32: (1, 5), HIGH32: (2, 5)}
+TOGETHER = 128  # blocks
+scratch = stack(TOGETHER)
+
+
+def _put_fields(b: ir.IRBuilder, address: ir.Value, d: ir.Value, low: ir.Value, high: ir.Value) -> None:
+    """The fields of a record behind its integers, of which low and high are the sums of the halves, in one store."""
+    ints, floats = ir.VectorType(I32, 8), ir.VectorType(F32, 8)
+    low, high = splat(b, low, 8), splat(b, high, 8)
+    sums = const(ints, 0)
+    for part, value in enumerate((b.add(low, high), low, high)):
+        mine = [FIELDS.get(4 * i, (None,))[0] == part for i in range(8)]
+        sums = b.select(ir.Constant(ir.VectorType(ir.IntType(1), 8), mine), value, sums)
+    shifts = ir.Constant(ints, [FIELDS.get(4 * i, (0, 0))[1] for i in range(8)])
+    shifted = b.shl(b.sub(const(ints, 0), sums), shifts)
+    scaled = b.fmul(b.sitofp(sums, floats), splat(b, d, 8))
+    scaled = b.bitcast(b.insert_element(scaled, d, ir.Constant(I32, D // 4)), ints)
+    order = [i if 4 * i in (D, DSUM) else i + 8 for i in range(8)]
+    store(b, address, b.shuffle_vector(scaled, shifted, ir.Constant(ints, order)))
+
+
+put_fields = word(void, [i64, f32, i32, i32], _put_fields)
+
+
 @kernel
 def quantise(x, n, terms, out, stride):  # type: ignore[no-untyped-def]
     """x[n] -> int8 records, `stride` bytes from block to block: x ~ d q with q in +-127, or +-32639 in two terms, and d
     from the largest of 32 values.
 
-    Sixteen blocks at a time, a lane each for their scales: as one chain a block it took twice as long.
+    The scales of TOGETHER blocks at a time, a lane each: as one chain a block it took twice as long.
     """
     levels = vsplat(f32(127.0) if terms == 1 else f32(127 * 256 + 127))
-    scales = sixteen_lanes()  # the largest values, then d
-    inverses = sixteen_lanes()
-    for first in range(0, n // 32, 16):
-        count = min(n // 32 - first, 16)
-        vstore(scales, vsplat(f32(0.0)))
+    scales = scratch()  # the largest values, then d
+    inverses = scratch()
+    for first in range(0, n // 32, TOGETHER):
+        count = min(n // 32 - first, TOGETHER)
         for b in range(count):
             source = x + 128 * (first + b)
             put_f32(scales + 4 * b, vhmax(vmax(vabs(vload(source)), vabs(vload(source + 64)))))
-        top = vload(scales)
-        vstore(scales, vwhere(top, vsplat(f32(TINY)), top / levels))
-        vstore(inverses, vwhere(top, vsplat(f32(TINY)), levels / top))
+        for b in range(0, count, LANES):
+            top = vfirst(count - b, vload(scales + 4 * b), vsplat(f32(0.0)))
+            vstore(scales + 4 * b, vwhere(top, vsplat(f32(TINY)), top / levels))
+            vstore(inverses + 4 * b, vwhere(top, vsplat(f32(TINY)), levels / top))
         for b in range(count):
             source, at = x + 128 * (first + b), out + (first + b) * stride
-            d, inverse = get_f32(scales + 4 * b), vsplat(get_f32(inverses + 4 * b))
+            inverse = vsplat(get_f32(inverses + 4 * b))
             low = _put_integers(vrint(vload(source) * inverse), terms, at, 0)
             high = _put_integers(vrint(vload(source + 64) * inverse), terms, at, 1)
-            at += 32 * terms
-            put_f32(at + D, d)
-            put_f32(at + DSUM, d * f32(low + high))
-            put_i32(at + SUM8, (low + high) * -8)
-            put_i32(at + SUM16, (low + high) * -16)
-            put_i32(at + SUM128, (low + high) * -128)
-            put_i32(at + LOW32, low * -32)
-            put_i32(at + HIGH32, high * -32)
+            put_fields(at + 32 * terms, get_f32(scales + 4 * b), low, high)
 
 
 @kernel

@@ -23,6 +23,7 @@ import platform
 import struct
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 _V3 = "avx,avx2,bmi,bmi2,cx16,f16c,fma,lzcnt,movbe,popcnt,sahf,sse,sse2,sse3,sse4.1,sse4.2,ssse3,xsave"
 _V4 = _V3 + ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
@@ -40,6 +41,9 @@ class Tier:
         dot: how four int8 products are summed, a key of dots.DOTS.
         half: f16 <-> f32 in hardware (F16C).
         tiles: tokens per prefill tile with activations of f32, one int8 term, two; so many sums fit the registers.
+        abreast: row groups that such a tile of int8 takes side by side, a part of its tokens at a time: one load of an
+            activation then serves them all. tokens / abreast is no power of two. (Zen 5 loads 1.8 times a cycle, not
+            2: 14 tokens of one row group took 5.8 cycles a block and token, 6 of two take 5.4; its pipes allow 5.)
         row_lanes: f32 lanes of one register; only a hint for tile shapes, every tier computes with 16 logical lanes.
         lacks: LLVM features that `cpu` has and a CPU of this tier need not have.
         reorder: LLVM may move instructions before it assigns registers. Where the CPU reorders them itself, it spills
@@ -57,6 +61,7 @@ class Tier:
     row_lanes: int
     lacks: tuple[str, ...] = ()
     reorder: bool = True
+    abreast: int = 1
 
     @property
     def x86(self) -> bool:
@@ -84,7 +89,7 @@ _ARM = ("aarch64", "arm64", "ARM64")
 
 
 def _x86(
-    name: str, cpu: str, needs: str, dot: str, half: bool, tiles: tuple[int, int, int], row_lanes: int, **more: bool
+    name: str, cpu: str, needs: str, dot: str, half: bool, tiles: tuple[int, int, int], row_lanes: int, **more: Any
 ) -> Tier:
     return Tier(name, _X86, cpu, tuple(filter(None, needs.split(","))), dot, half, tiles, row_lanes, **more)
 
@@ -92,7 +97,7 @@ def _x86(
 TIERS: dict[str, Tier] = {  # best first
     t.name: t
     for t in (
-        _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 14, 11), 16),
+        _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 12, 12), 16, abreast=2),
         _x86("avx512", "x86-64-v4", _V4, "maddubs", True, (14, 12, 11), 16),
         _x86("avxvnni", "x86-64-v3", _V3 + ",avxvnni", "vnni256", True, (3, 3, 3), 8),
         _x86("avx2", "x86-64-v3", _V3, "maddubs", True, (3, 3, 4), 8, reorder=False),
@@ -106,7 +111,7 @@ TIERS: dict[str, Tier] = {  # best first
 
 
 # Training's products of bf16, if asked for: bits of its own, so it is never chosen for anything else
-BF16 = _x86("avx512bf16", "x86-64-v4", _V4 + ",avx512vnni,avx512bf16", "vnni512", True, (14, 14, 11), 16)
+BF16 = _x86("avx512bf16", "x86-64-v4", _V4 + ",avx512vnni,avx512bf16", "vnni512", True, (14, 12, 12), 16, abreast=2)
 ALL_TIERS = TIERS | {BF16.name: BF16}
 
 # Linux's names of LLVM's x86 features, where they differ. It lists a feature only if it also saves its registers.

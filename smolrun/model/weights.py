@@ -201,6 +201,7 @@ def tables(
         t = terms(m.format, kind)
         groups, blocks = -(-m.rows // ROWS), m.cols // BLOCK
         step = max(1, min(CLAIM_BYTES * groups // m.bytes, -(-groups // (8 * threads))))
+        step += step % 2  # some tiers take two row groups at a time
         values = {"matmul": kernel(m.format, t), "panel": address(name), "groups": groups, "blocks": blocks}
         values |= {"step": step, "terms": t, "adapter": 0}
         return [values[field] for field in W._fields[:-1]]
