@@ -136,12 +136,13 @@ _X86 = {
     "avx512bw": (1, 30),
     "avx512vl": (1, 31),
     "avx512vnni": (2, 11),
-    "avxvnni": (3, 4),
-    "sahf": (4, 0),
-    "lzcnt": (4, 5),
+    "avx512vp2intersect": (3, 8),
+    "avxvnni": (4, 4),
+    "sahf": (5, 0),
+    "lzcnt": (5, 5),
 }
 _ARM = {"neon": (0, 1), "dotprod": (0, 20), "i8mm": (1, 13)}
-CPU_WORDS = 6
+CPU_WORDS = 7
 NEEDS = tuple(symbol_id(f"cpu_{i}") for i in range(CPU_WORDS))
 OSXSAVE, XMM_YMM, ZMM = 27, 0b110, 0b11100000  # the system lets programs see, and saves, registers of these kinds
 
@@ -154,7 +155,7 @@ def needs(tier: Tier) -> list[int]:
         found[word] |= 1 << bit
     if "avx" in tier.needs:
         found[0] |= 1 << OSXSAVE
-        found[5] = XMM_YMM | (ZMM if "avx512f" in tier.needs else 0)
+        found[6] = XMM_YMM | (ZMM if "avx512f" in tier.needs else 0)
     return found
 
 
@@ -175,7 +176,7 @@ def _saved(b: ir.IRBuilder) -> ir.Value:
 
 if TIER.x86:
     llvm.initialize_native_asmparser()
-    cpuid_1, cpuid_7b, cpuid_7c = _cpuid(1, 0, 2), _cpuid(7, 0, 1), _cpuid(7, 0, 2)
+    cpuid_1, cpuid_7b, cpuid_7c, cpuid_7d = _cpuid(1, 0, 2), _cpuid(7, 0, 1), _cpuid(7, 0, 2), _cpuid(7, 0, 3)
     cpuid_71, cpuid_e1, saved = _cpuid(7, 1, 0), _cpuid(0x80000001, 0, 2), word(i64, [], _saved)
 
     @kernel
@@ -184,8 +185,10 @@ if TIER.x86:
         if i < 2:
             return cpuid_1() if i == 0 else cpuid_7b()
         if i < 4:
-            return cpuid_7c() if i == 2 else cpuid_71()
-        return cpuid_e1() if i == 4 else saved()
+            return cpuid_7c() if i == 2 else cpuid_7d()
+        if i < 6:
+            return cpuid_71() if i == 4 else cpuid_e1()
+        return saved()
 else:
     c_getauxval = libc("getauxval", 1, I64)
 

@@ -68,7 +68,7 @@ i64 = types.int64
 D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(0, 28, 4)  # byte offsets behind the integers of a record
 HALVES = (LOW32, HIGH32)
 # A tile of few tokens reads its weights from memory, too slowly for the hardware to look far enough ahead: it is told
-FEW, AHEAD = range(3, 9), 16384
+FEW, AHEAD = range(TIER.ahead[0], 9), TIER.ahead[1]
 TOGETHER = 4  # tokens whose two terms are summed at the same time where there are 16 registers or more
 FLOAT_STEP = 2  # k of one round of the f32 tile; with more LLVM keeps the weights of all of them on the stack
 Sums = list[list[ir.Value]]  # addresses of f32 sums, of each token by parts of the rows

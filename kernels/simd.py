@@ -278,10 +278,12 @@ def emit_exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     """Ask for the cache line at an address; it need not exist.
 
-    Into L2: a core waits for some 24 lines of L1 at a time, at 100 ns a line a third of what memory gives.
+    Into L2 but where the tier says otherwise: a Zen 4 core waits for some 24 lines of L1 at a time, at 100 ns a line a
+    third of what memory gives.
     """
     function = declare(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    b.call(function, [pointer(b, address, I8), *(ir.Constant(I32, v) for v in (0, 2, 1))])  # to read, into L2, data
+    to_read, nearness, data = 0, {1: 3, 2: 2}[TIER.ahead[2]], 1
+    b.call(function, [pointer(b, address, I8), *(ir.Constant(I32, v) for v in (to_read, nearness, data))])
 
 
 # ---- the same words for Numba code -----------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Which instructions the kernels may use: a tier is a named LLVM target, chosen from the features of the CPU at hand.
 
+    avx512zen5   the next, AVX-VNNI and    vpdpbusd zmm        Zen 5, which multiplies two registers a cycle
+                 AVX512-VP2INTERSECT
     avx512vnni   x86-64-v4 + AVX512-VNNI   vpdpbusd zmm        Ice Lake, Zen 4 and later
     avx512       x86-64-v4                 vpmaddubsw zmm      Skylake-X
     avxvnni      x86-64-v3 + AVX-VNNI      {vex} vpdpbusd ymm  Alder Lake and later, without AVX-512
@@ -41,14 +43,17 @@ class Tier:
         dot: how four int8 products are summed, a key of dots.DOTS.
         half: f16 <-> f32 in hardware (F16C).
         tiles: tokens per prefill tile with activations of f32, one int8 term, two; so many sums fit the registers.
-        abreast: row groups that such a tile of int8 takes side by side, a part of its tokens at a time: one load of an
-            activation then serves them all. tokens / abreast is no power of two. (Zen 5 loads 1.8 times a cycle, not
-            2: 14 tokens of one row group took 5.8 cycles a block and token, 6 of two take 5.4; its pipes allow 5.)
         row_lanes: f32 lanes of one register; only a hint for tile shapes, every tier computes with 16 logical lanes.
         lacks: LLVM features that `cpu` has and a CPU of this tier need not have.
         reorder: LLVM may move instructions before it assigns registers. Where the CPU reorders them itself, it spills
             for nothing: a tile of four tokens on a Neoverse N1 takes 124 cycles instead of 135 (llvm-mca), prefill of
             135M Q4_0 with AVX2 1.25 ms a token instead of 1.51.
+        abreast: row groups that a full tile of int8 takes side by side, a part of its tokens at a time: one load of an
+            activation then serves them all. tokens / abreast is no power of two. (Zen 5 loads 1.8 times a cycle, not
+            2: 14 tokens of one row group took 5.8 cycles a block and token, 6 of two take 5.4; its pipes allow 5.)
+        ahead: (tokens, bytes, level): a pass of so many tokens, up to 8, asks for its weights so many bytes before it
+            needs them, into the cache of that level; to fewer tokens the hardware's own prefetch is better. (One token
+            of Q4_K from memory, Zen 4: 29 GB/s, asked for 16; Zen 5: 21, asked for into L2 33, into L1 38.)
     """
 
     name: str
@@ -62,6 +67,7 @@ class Tier:
     lacks: tuple[str, ...] = ()
     reorder: bool = True
     abreast: int = 1
+    ahead: tuple[int, int, int] = (3, 16384, 2)
 
     @property
     def x86(self) -> bool:
@@ -94,10 +100,15 @@ def _x86(
     return Tier(name, _X86, cpu, tuple(filter(None, needs.split(","))), dot, half, tiles, row_lanes, **more)
 
 
+# fmt: off
 TIERS: dict[str, Tier] = {  # best first
     t.name: t
     for t in (
-        _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 12, 12), 16, abreast=2),
+        _x86(
+            "avx512zen5", "x86-64-v4", _V4 + ",avx512vnni,avx512vp2intersect,avxvnni", "vnni512", True, (14, 12, 12),
+            16, abreast=2, ahead=(1, 8192, 1),
+        ),
+        _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 14, 11), 16),
         _x86("avx512", "x86-64-v4", _V4, "maddubs", True, (14, 12, 11), 16),
         _x86("avxvnni", "x86-64-v3", _V3 + ",avxvnni", "vnni256", True, (3, 3, 3), 8),
         _x86("avx2", "x86-64-v3", _V3, "maddubs", True, (3, 3, 4), 8, reorder=False),
@@ -108,16 +119,18 @@ TIERS: dict[str, Tier] = {  # best first
         Tier("neon", _ARM, "cortex-a53", ("neon",), "smull", True, (3, 2, 2), 4, lacks=("aes", "crc", "sha2")),
     )
 }
+# fmt: on
 
 
 # Training's products of bf16, if asked for: bits of its own, so it is never chosen for anything else
-BF16 = _x86("avx512bf16", "x86-64-v4", _V4 + ",avx512vnni,avx512bf16", "vnni512", True, (14, 12, 12), 16, abreast=2)
+BF16 = _x86("avx512bf16", "x86-64-v4", _V4 + ",avx512vnni,avx512bf16", "vnni512", True, (14, 14, 11), 16)
 ALL_TIERS = TIERS | {BF16.name: BF16}
 
 # Linux's names of LLVM's x86 features, where they differ. It lists a feature only if it also saves its registers.
 _LINUX = {
     "avx512bf16": "avx512_bf16",
     "avx512vnni": "avx512_vnni",
+    "avx512vp2intersect": "avx512_vp2intersect",
     "avxvnni": "avx_vnni",
     "bmi": "bmi1",
     "lzcnt": "abm",

@@ -130,6 +130,7 @@ def test_cpus_and_features_choose_tiers() -> None:
     assert names(arm, "cortex-a76", features=("i8mm",)) == ["i8mm"] and names(arm, features=("dotprod",)) == ["dotprod"]
     assert names("x86_64-linux-gnu", "x86-64-v3", features=("avxvnni",)) == ["avxvnni"]
     assert names("x86_64-windows", "znver4", "AVX2") == ["avx512vnni", "avx2"]
+    assert names("x86_64-windows", "znver5") == ["avx512zen5"]
     assert set(CPUS.values()) <= TIERS.keys()
     for target, cpus, features, words in (
         (arm, ["haswell"], [], "cpu 'haswell': of aarch64-linux-android are known cortex-a53"),

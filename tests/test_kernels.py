@@ -340,6 +340,10 @@ _NEON = ("fcvtl\t", "fcvtl2\t", "fcvtn\t", "fcvtn2\t", "tbl\t", "fmla\t", "ushr\
 # tier -> instructions that its code must hold, and those it must not
 CODE = {
     "avx512vnni": (("vpdpbusd\t", "vpshufb", "%zmm", "vcvtph2ps", "vfmadd"), ("vpmaddubsw", "callq\t*fma")),
+    "avx512zen5": (
+        ("vpdpbusd\t", "vpshufb", "%zmm", "vcvtph2ps", "vfmadd", "prefetcht0"),
+        ("vpmaddubsw", "callq\t*fma"),
+    ),
     "avx512": (("vpmaddubsw", "vpmaddwd", "vpshufb", "%zmm", "vcvtph2ps", "vfmadd"), ("vpdpbusd",)),
     "avxvnni": (("{vex}\tvpdpbusd", "vpshufb", "%ymm", "vcvtph2ps", "vfmadd"), ("%zmm", "vpmaddubsw", "{%k")),
     "avx2": (("vpmaddubsw", "vpmaddwd", "vpshufb", "%ymm", "vcvtph2ps", "vfmadd"), ("%zmm", "vpdpbusd", "{%k")),

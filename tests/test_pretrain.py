@@ -526,7 +526,7 @@ def test_a_full_disk_is_named_and_gone_on_from(
     assert curve(tmp_path / "full") == curve(done)
 
 
-HAS_BF16 = runnable()[0].name == "avx512vnni" and set(BF16.needs) <= host_features()
+HAS_BF16 = runnable()[0].dot == BF16.dot and set(BF16.needs) <= host_features()
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="no AVX512-BF16")

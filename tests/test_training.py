@@ -410,7 +410,7 @@ def test_what_is_refused(tiny: Tiny, make: Make) -> None:
 
 # ---- bf16 ------------------------------------------------------------------------------------------------------------
 
-HAS_BF16 = runnable()[0].name == "avx512vnni" and set(BF16.needs) <= host_features()
+HAS_BF16 = runnable()[0].dot == BF16.dot and set(BF16.needs) <= host_features()
 
 
 def rounded(x: np.ndarray) -> np.ndarray:

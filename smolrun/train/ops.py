@@ -66,10 +66,10 @@ class Ops:
         report = (lambda done, all_, name: progress(done, all_)) if progress else None
         try:
             self.tier = choose()
-            if bf16 and (self.tier.name != "avx512vnni" or not set(BF16.needs) <= host_features()):
+            if bf16 and (self.tier.dot != BF16.dot or not set(BF16.needs) <= host_features()):
                 raise OptionError(
-                    "precision='bf16' needs a CPU with AVX512-BF16 (Zen 4, Sapphire Rapids and later), and no other "
-                    "SMOLRUN_TIER than avx512vnni: take 'f32'"
+                    "precision='bf16' needs a CPU with AVX512-BF16 (Zen 4, Sapphire Rapids and later), and no "
+                    "SMOLRUN_TIER without AVX512-VNNI: take 'f32'"
                 )
             self.code = kernels.addresses(self.tier, names, report)
             if bf16:
