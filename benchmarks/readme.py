@@ -1,6 +1,6 @@
 """benchmarks/RESULTS.md, README's short tables and its plot, made from results/*.json: no figure is typed by hand.
 
-python benchmarks/peers.py             # results/peers.json
+python benchmarks/peers.py             # results/peers.json; peers-NAME.json is that of another CPU
 python benchmarks/edge.py              # results/edge.json, ARM by model
 python benchmarks/train.py --save      # results/train.json
 smolrun verify MODEL --text FILE --json > benchmarks/results/verify-NAME.json
@@ -25,7 +25,7 @@ PLOT, TRAIN, EDGE = (RESULTS / name for name in ("peers.svg", "train.json", "edg
 PLAIN = "smolrun fast"
 FULL = "[benchmarks/RESULTS.md](benchmarks/RESULTS.md)"
 # what README shows; RESULTS.md has everything
-SPEEDS = ("135M Q4_0", "135M Q8_0", "135M Q4_K_M", "135M F16", "1.7B Q4_0")  # beside llama.cpp
+SPEEDS = ("135M Q4_0", "135M Q8_0", "135M Q4_K_M", "135M F16", "1.7B Q4_0", "1.7B Q4_K_M")  # beside llama.cpp
 ACCURACIES = ("Q4_0", "Q8_0", "Q4_K_M")
 TRAINED = ("smolrun f32", "smolrun f32 recompute", "smolrun bf16", "smolrun lora r16 on q8_0")
 
@@ -210,10 +210,16 @@ def first_tokens(document: dict[str, Any]) -> str:
     )
 
 
-def everything() -> tuple[dict[str, Any], str, Beside, Beside]:
+def elsewhere() -> list[str]:
+    """Names of the CPUs measured besides the one that README shows: NAME of results/peers-NAME.json."""
+    return sorted(path.stem.removeprefix("peers-") for path in RESULTS.glob("peers-*.json"))
+
+
+def everything(cpu: str = "") -> tuple[dict[str, Any], str, Beside, Beside]:
     """(results/peers.json, the machine, pairs beside llama.cpp as it is installed, pairs beside the others)."""
-    document = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
-    machine = (RESULTS / "machine.txt").read_text(encoding="utf-8").strip()
+    suffix = f"-{cpu}" if cpu else ""
+    document = json.loads((RESULTS / f"peers{suffix}.json").read_text(encoding="utf-8"))
+    machine = (RESULTS / f"machine{suffix}.txt").read_text(encoding="utf-8").strip()
     rows = document["rows"]
     return document, machine, beside(rows, ["llama.cpp"]), beside(rows, others(rows))
 
@@ -223,6 +229,9 @@ def figures() -> str:
     document, machine, llama, rest = everything()
     reports = [r for r in verdicts() if Path(r["model"]).stem in ACCURACIES]
     link = f"![prefill and decode beside the peers]({PLOT.relative_to(ROOT).as_posix()})"
+    older = []
+    for _, text, *pairs in map(everything, elsewhere()):
+        older.append(f"On {text.split(';')[0]}: {behind(pairs[0] | pairs[1])}\n")
     return f"""{machine}
 
 {link}
@@ -234,27 +243,34 @@ has every model, setting and peer, with spreads.
 
 {behind(llama | rest)}
 {first_tokens(document)}
-
+{"".join(older)}
 Against the exact model (the file's weights as f32), {text_of(reports)}:
 
 {accuracy(reports)}
 """
 
 
-def results() -> str:
-    """RESULTS.md."""
-    document, machine, llama, rest = everything()
-    reports = verdicts()
-    parts = [
-        "# Figures\n\nMade by `python benchmarks/readme.py` from `benchmarks/results/`, which has every sample.",
-        machine,
-        "pp512 is a prompt of 512 tokens, tg128 are 128 tokens one by one, @d7680 behind as many. Speeds are medians ± "
-        "half the range, ratios are of medians; in brackets the peer's best sample, and the ratio to it.",
-        f"## Speed beside llama.cpp\n\n{speed(llama)}",
-        f"## Speed beside others\n\n{speed(rest)}" if rest else "",
+def speeds(cpu: str = "") -> list[str]:
+    """RESULTS.md's part of one CPU."""
+    document, machine, llama, rest = everything(cpu)
+    return [
+        f"## Speed{f' on another CPU, {cpu}' if cpu else ''}\n\n{machine}",
+        f"### Beside llama.cpp\n\n{speed(llama)}",
+        f"### Beside others\n\n{speed(rest)}" if rest else "",
         behind(llama | rest),
         f"Read bandwidth measured in the same runs, by threads: {machine_peaks(document)}.",
         first_tokens(document),
+    ]
+
+
+def results() -> str:
+    """RESULTS.md."""
+    reports = verdicts()
+    parts = [
+        "# Figures\n\nMade by `python benchmarks/readme.py` from `benchmarks/results/`, which has every sample.",
+        "pp512 is a prompt of 512 tokens, tg128 are 128 tokens one by one, @d7680 behind as many. Speeds are medians ± "
+        "half the range, ratios are of medians; in brackets the peer's best sample, and the ratio to it.",
+        *(part for cpu in ["", *elsewhere()] for part in speeds(cpu)),
         f"## Accuracy\n\nAgainst the exact model (the file's weights as f32), {text_of(reports)}:",
         accuracy(reports),
         f"## Training\n\n{steps()}" if TRAIN.exists() else "",
