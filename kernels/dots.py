@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from .jit import TIER
 from .panels import ROWS, Panel
-from .simd import I8, I16, I32, I64, V16I32, at, const, declare, load, splat
+from .simd import I8, I16, I32, I64, at, const, declare, load, splat
 
 V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 V8I8, V16I8, V8I16, V4I32, V2I64 = (ir.VectorType(t, n) for t, n in ((I8, 8), (I8, 16), (I16, 8), (I32, 4), (I64, 2)))
@@ -52,6 +52,12 @@ def _by_register(b: ir.IRBuilder, name: str, result: ir.VectorType, *args: ir.Va
 
 _SHUFFLE = {4: "llvm.x86.ssse3.pshuf.b.128", 8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
 
+_SIGN = {4: "llvm.x86.ssse3.psign.b.128", 8: "llvm.x86.avx2.psign.b"}
+
+_MADDUBS = {
+    4: "llvm.x86.ssse3.pmadd.ub.sw.128", 8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512",
+}  # fmt: skip
+
 _PAIRS = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
@@ -71,13 +77,14 @@ def look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
 
 
 def emit_pairs(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
-    """total[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1]: i32x16 and 32 x i16 each; exact while it fits i32."""
+    """total[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1]: i32 and twice as many i16; exact while it fits i32."""
     if TIER.dot.startswith("vnni"):
-        return _by_register(b, "llvm.x86.avx512.vpdpwssd.{bits}", V16I32, total, x, y)
+        return _by_register(b, "llvm.x86.avx512.vpdpwssd.{bits}", total.type, total, x, y)
     if TIER.x86:
-        return b.add(total, _by_register(b, _PAIRS[TIER.row_lanes], V16I32, x, y))
+        return b.add(total, _by_register(b, _PAIRS[TIER.row_lanes], total.type, x, y))
     for parity in (0, 1):  # smlal
-        mine, theirs = (b.sext(_shuffle(b, v, v, range(parity, 32, 2)), V16I32) for v in (x, y))
+        lanes = range(parity, x.type.count, 2)
+        mine, theirs = (b.sext(_shuffle(b, v, v, lanes), total.type) for v in (x, y))
         total = b.add(total, b.mul(mine, theirs))
     return total
 
@@ -103,6 +110,7 @@ class Dots:
 
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         self.b, self.bits, self.lanes = b, panel.bits, starts[0].type.count if starts else ROWS
+        self.shorts = ir.VectorType(I16, 2 * self.lanes)
         self.sums = list(starts)
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
@@ -134,6 +142,10 @@ class MaddubsDots(Dots):
     8-bit weights are signed: |w| and x with the sign of w, since 128-offset weights would saturate the i16.
     """
 
+    @staticmethod
+    def rows(sums: int) -> int:
+        return 8 if TIER.row_lanes == 4 else ROWS
+
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         super().__init__(b, panel, starts)
         self.room = 32767 // (2 * 127 * (128 if self.bits == 8 else (1 << self.bits) - 1))
@@ -141,27 +153,26 @@ class MaddubsDots(Dots):
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         b = self.b
-        name = "llvm.x86.avx512.pmaddubs.w.512" if TIER.row_lanes == 16 else "llvm.x86.avx2.pmadd.ub.sw"
         if self.held == self.room:
             self._widen()
         magnitude = self._signed_as(w, w) if self.bits == 8 else w
         for i, address in enumerate(x):
-            quad = b.bitcast(self._x(address, j), V64I8)
+            quad = b.bitcast(self._x(address, j), w.type)
             quad = self._signed_as(w, quad) if self.bits == 8 else quad
-            pairs = _by_register(b, name, V32I16, magnitude, quad)
+            pairs = _by_register(b, _MADDUBS[TIER.row_lanes], self.shorts, magnitude, quad)
             self.pairs[i] = pairs if self.pairs[i] is None else b.add(self.pairs[i], pairs)
         self.held += 1
 
     def _signed_as(self, w: ir.Value, value: ir.Value) -> ir.Value:
         """The value, negated where w is negative; where w is 0 it does not matter."""
-        if TIER.row_lanes == 8:
-            return _by_register(self.b, "llvm.x86.avx2.psign.b", V64I8, value, w)
-        zero = const(V64I8, 0)
+        if TIER.row_lanes in _SIGN:
+            return _by_register(self.b, _SIGN[TIER.row_lanes], w.type, value, w)
+        zero = const(w.type, 0)
         return self.b.select(self.b.icmp_signed("<", w, zero), self.b.sub(zero, value), value)
 
     def _widen(self) -> None:
         for i, pairs in enumerate(self.pairs):
-            self.sums[i] = emit_pairs(self.b, self.sums[i], pairs, const(V32I16, 1))
+            self.sums[i] = emit_pairs(self.b, self.sums[i], pairs, const(self.shorts, 1))
         self.held, self.pairs = 0, [None] * len(self.sums)
 
     def total(self, i: int) -> ir.Value:
@@ -182,11 +193,11 @@ class PairDots(Dots):
                 self.sums[i] = emit_pairs(self.b, self.sums[i], mine, theirs)
 
     def _even_odd(self, quad: ir.Value, down: Callable[..., ir.Value]) -> list[ir.Value]:
-        wide, eight = self.b.bitcast(quad, V32I16), const(V32I16, 8)
+        wide, eight = self.b.bitcast(quad, self.shorts), const(self.shorts, 8)
         return [down(self.b.shl(wide, eight), eight), down(wide, eight)]
 
     def _activations(self, address: ir.Value, j: int) -> list[ir.Value]:
-        return [self.b.bitcast(self._x(address, 2 * j + odd), V32I16) for odd in (0, 1)]
+        return [self.b.bitcast(self._x(address, 2 * j + odd), self.shorts) for odd in (0, 1)]
 
 
 class PlainDots(PairDots):

@@ -46,6 +46,7 @@ from .simd import (
     at,
     broadcast_f32,
     const,
+    emit_fine,
     emit_fma,
     emit_half_to_f32,
     emit_hidden,
@@ -284,12 +285,12 @@ def _int8_block(
             for s, token, parts in zip(sums, records, acc, strict=True):
                 fields, a = at(b, token, BLOCK * terms), parts[part]
                 d = broadcast_f32(b, at(b, fields, D), rows)
-                total = emit_fma(b, b.sitofp(s, record.floats), b.fmul(scale, d), b.load(a))
+                total = emit_fma(b, b.sitofp(s, record.floats), b.fmul(scale, d), b.load(a), fine=False)
                 if minimum is not None and panel.group == 32:
                     total = emit_fma(b, minimum, broadcast_f32(b, at(b, fields, DSUM), rows), total)
                 elif minimum is not None:
                     half = splat(b, load(b, at(b, fields, HALVES[group]), I32), rows)
-                    total = emit_fma(b, b.sitofp(half, record.floats), b.fmul(minimum, d), total)
+                    total = emit_fma(b, b.sitofp(half, record.floats), b.fmul(minimum, d), total, fine=False)
                 b.store(total, a)
 
 
@@ -298,7 +299,7 @@ def _emit_tile(
     w: ir.Value, nb: ir.Value, x: ir.Value, slots: ir.Value, y: ir.Value, y_stride: ir.Value, add: ir.Value,
 ) -> None:  # fmt: skip
     """`tokens` columns of y times `groups` row groups. terms as in make_matmul; 0 needs a float panel."""
-    rows = dots_of(tokens).rows(tokens * terms) if terms and groups == 1 else ROWS * groups
+    rows = dots_of(tokens, terms).rows(tokens * terms) if terms and groups == 1 else ROWS * groups
     lanes, parts = ir.VectorType(F32, rows), range(max(ROWS // rows, 1))
     count = 1 if terms else 2
     chains: list[Sums] = [[[cgutils.alloca_once(b, lanes) for _ in parts] for _ in range(tokens)] for _ in range(count)]
@@ -324,7 +325,9 @@ def _emit_tile(
                 weights = emit_load_as_f32(b, at(b, start, size * kk), panel.name)
                 row = b.add(first, b.mul(step, ir.Constant(I64, kk)))
                 for t, (a,) in enumerate(chains[kk % 2]):
-                    b.store(emit_fma(b, weights, broadcast_f32(b, at(b, row, 4 * t)), b.load(a)), a)
+                    factor = at(b, row, 4 * t)
+                    fine = emit_fine(b, factor, panel.name)
+                    b.store(emit_fma(b, weights, broadcast_f32(b, factor), b.load(a), fine), a)
     outs = [b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t))) for t in range(tokens)]
     totals = []
     for sums in zip(*chains, strict=True):

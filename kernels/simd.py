@@ -94,13 +94,16 @@ def call_llvm(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     return b.call(declare(b, f"llvm.{name}.{suffix}", kind, [a.type for a in args]), args)
 
 
-def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-    """x * y + z of f32, one rounding.
+def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value, fine: ir.Value | bool = True) -> ir.Value:
+    """x * y + z of f32, one rounding. fine: False if x * y is known to be a multiple of f32's smallest number, 2^-149,
+    as an integer times an f32 is; or a value that says so.
 
     Where the CPU has none, LLVM would call libm lane by lane. There: in f64 the product is exact, and rounding the sum
     once more to f32 is wrong only if the first rounding ended halfway between two f32. Sums that are halfway, and
     results below the normal f32, whose halves lie elsewhere, are made again by `_round_once`; of random numbers one in
-    2^29. (A result of 0 needs no such care: numbers that cancel have so few bits together that their sum is exact.)
+    2^29, of the first product with an f16, which has 35 bits, one in 2^11. (A result of 0 needs no such care: numbers
+    that cancel have so few bits together that their sum is exact. Nor does a small one of a product that is not fine:
+    it is an f32.)
     """
     if TIER.fma:
         return call_llvm(b, "fma", x, y, z)
@@ -109,17 +112,32 @@ def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value
     f64, i64, i32 = (ir.VectorType(t, x.type.count) for t in (F64, I64, I32))
     total = b.fadd(b.fmul(b.fpext(x, f64), b.fpext(y, f64)), b.fpext(z, f64))
     result, before = b.fptrunc(total, x.type), b.block
-    low, magnitude = b.trunc(b.bitcast(total, i64), i32), b.and_(b.bitcast(result, i32), const(i32, 0x7FFFFFFF))
-    halfway = b.icmp_unsigned("==", b.and_(low, const(i32, 0x1FFFFFFF)), const(i32, 0x10000000))
-    # 0 < magnitude < 2^-126: 0x80000000 more than magnitude - 1, as signed comparisons are the only ones of SSE2
-    small = b.icmp_signed("<", b.add(magnitude, const(i32, 0x7FFFFFFF)), const(i32, 0x007FFFFF - (1 << 31)))
-    rare = b.bitcast(b.or_(halfway, small), ir.IntType(x.type.count))
-    with cgutils.if_unlikely(b, b.icmp_unsigned("!=", rare, ir.Constant(rare.type, 0))):
-        again, inside = b.call(_round_once_function(b, x.type), [x, y, z]), b.block
+    low = b.trunc(b.bitcast(total, i64), i32)
+    again = b.icmp_unsigned("==", b.and_(low, const(i32, 0x1FFFFFFF)), const(i32, 0x10000000))
+    if fine is True:
+        # 0 < magnitude < 2^-126: 0x80000000 more than magnitude - 1, as signed comparisons are the only ones of SSE2
+        magnitude = b.and_(b.bitcast(result, i32), const(i32, 0x7FFFFFFF))
+        small = b.icmp_signed("<", b.add(magnitude, const(i32, 0x7FFFFFFF)), const(i32, 0x007FFFFF - (1 << 31)))
+        again = b.or_(again, small)
+    lanes = ir.IntType(x.type.count)
+    rare = b.icmp_unsigned("!=", b.bitcast(again, lanes), ir.Constant(lanes, 0))
+    with cgutils.if_unlikely(b, rare if isinstance(fine, bool) else b.or_(rare, fine)):
+        once, inside = b.call(_round_once_function(b, x.type), [x, y, z]), b.block
     phi = b.phi(x.type)
     phi.add_incoming(result, before)
-    phi.add_incoming(again, inside)
+    phi.add_incoming(once, inside)
     return phi
+
+
+def emit_fine(b: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value | bool:
+    """What `emit_fma` asks, of the f32 at an address times a number stored as `element`: an f16 is a multiple of 2^-24,
+    an f32 from 2^-102 on one of 2^-125.
+    """
+    if TIER.fma or element != "F16":
+        return True
+    magnitude = b.and_(load(b, address, I32), ir.Constant(I32, 0x7FFFFFFF))
+    last = ir.Constant(I32, ((127 - 102) << 23) - 2)
+    return b.icmp_unsigned("<=", b.sub(magnitude, ir.Constant(I32, 1)), last)
 
 
 def _round_once_function(b: ir.IRBuilder, kind: ir.VectorType) -> ir.Function:
@@ -161,7 +179,7 @@ def emit_rint(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
     Where the CPU cannot (before SSE4.1), LLVM would call libm: there the unit of 2^23 is 1, so adding it rounds.
     """
-    if TIER.fma:
+    if TIER.rounds:
         return call_llvm(b, "rint", x)
     unit = const(x.type, 2.0**23)
     big = call_llvm(b, "copysign", unit, x)
@@ -170,20 +188,20 @@ def emit_rint(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def emit_half_to_f32(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """i16 holding IEEE halves -> f32, exactly; 16, or any number where the CPU can.
+    """i16 holding IEEE halves -> f32, exactly.
 
     Where the CPU has no F16C, `fpext half` would call a function the JIT lacks. There: shift exponent and mantissa into
     place, scale by 2^112 (exact, denormals included), and put infinities and NaNs back.
     """
+    ints, floats = (ir.VectorType(t, bits.type.count) for t in (I32, F32))
     if TIER.half:
-        n = bits.type.count
-        return b.fpext(b.bitcast(bits, ir.VectorType(F16, n)), ir.VectorType(F32, n))
-    wide = b.zext(bits, V16I32)
-    magnitude = b.shl(b.and_(wide, const(V16I32, 0x7FFF)), const(V16I32, 13))
-    scaled = b.fmul(b.bitcast(magnitude, V16F32), const(V16F32, 2.0**112))
-    special = b.icmp_unsigned(">=", magnitude, const(V16I32, 0x0F800000))
-    fixed = b.select(special, b.or_(magnitude, const(V16I32, 0x7F800000)), b.bitcast(scaled, V16I32))
-    return b.bitcast(b.or_(fixed, b.shl(b.and_(wide, const(V16I32, 0x8000)), const(V16I32, 16))), V16F32)
+        return b.fpext(b.bitcast(bits, ir.VectorType(F16, bits.type.count)), floats)
+    wide = b.zext(bits, ints)
+    magnitude = b.shl(b.and_(wide, const(ints, 0x7FFF)), const(ints, 13))
+    scaled = b.fmul(b.bitcast(magnitude, floats), const(floats, 2.0**112))
+    special = b.icmp_unsigned(">=", magnitude, const(ints, 0x0F800000))
+    fixed = b.select(special, b.or_(magnitude, const(ints, 0x7F800000)), b.bitcast(scaled, ints))
+    return b.bitcast(b.or_(fixed, b.shl(b.and_(wide, const(ints, 0x8000)), const(ints, 16))), floats)
 
 
 def emit_f32_to_half(b: ir.IRBuilder, value: ir.Value) -> ir.Value:

@@ -6,6 +6,7 @@
     avx512       x86-64-v4                 vpmaddubsw zmm      Skylake-X
     avxvnni      x86-64-v3 + AVX-VNNI      {vex} vpdpbusd ymm  Alder Lake and later, without AVX-512
     avx2         x86-64-v3                 vpmaddubsw ymm      Haswell, Zen 1 and later
+    sse42        x86-64-v2                 pmaddubsw xmm       Nehalem, Goldmont, Bulldozer and later without AVX2
     generic      x86-64                    pmaddwd xmm         everything else
     i8mm         Armv8.6                   smmla, and sdot     Cortex-A510, A710, X2, Neoverse N2, Apple M2 and later
     dotprod      Armv8.4, or 8.2 with it   sdot by element     Cortex-A55, A75, A76 (Pi 5), Apple A13, M1
@@ -27,6 +28,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+_V2 = "cx16,popcnt,sahf,sse,sse2,sse3,sse4.1,sse4.2,ssse3"
 _V3 = "avx,avx2,bmi,bmi2,cx16,f16c,fma,lzcnt,movbe,popcnt,sahf,sse,sse2,sse3,sse4.1,sse4.2,ssse3,xsave"
 _V4 = _V3 + ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
 
@@ -77,8 +79,13 @@ class Tier:
 
     @property
     def fma(self) -> bool:
-        """Fused multiply-add and rounding in hardware; where not, simd.py has its own and libm is not called."""
+        """Fused multiply-add in hardware; where not, simd.py has its own and libm is not called."""
         return "fma" in self.needs or not self.x86
+
+    @property
+    def rounds(self) -> bool:
+        """Rounding to integers in hardware."""
+        return "sse4.1" in self.needs or not self.x86
 
     @property
     def pairs(self) -> bool:
@@ -113,6 +120,7 @@ TIERS: dict[str, Tier] = {  # best first
         _x86("avx512", "x86-64-v4", _V4, "maddubs", True, (14, 12, 11), 16),
         _x86("avxvnni", "x86-64-v3", _V3 + ",avxvnni", "vnni256", True, (3, 3, 3), 8),
         _x86("avx2", "x86-64-v3", _V3, "maddubs", True, (3, 3, 4), 8, reorder=False),
+        _x86("sse42", "x86-64-v2", _V2, "maddubs", False, (2, 4, 2), 4),
         _x86("generic", "x86-64", "", "plain", False, (2, 2, 2), 4),
         Tier("i8mm", _ARM, "generic", ("neon", "dotprod", "i8mm"), "smmla", True, (3, 4, 4), 4, reorder=False),
         Tier("dotprod", _ARM, "generic", ("neon", "dotprod"), "sdot", True, (3, 4, 4), 4, reorder=False),

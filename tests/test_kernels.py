@@ -104,6 +104,22 @@ def test_multiply_adds_round_once(tiers: list[Kernels]) -> None:
     assert (twice != y).any(), "nothing here that a second rounding gets wrong"
 
 
+@pytest.mark.parametrize("exponent", range(-126, -96, 3))
+def test_small_products_of_halves_round_once(exponent: int, tiers: list[Kernels]) -> None:
+    """Where the CPU has no fma, factors above 2^-102 take a shorter way, since their products with f16 are coarse."""
+    case, rng = Case("F16", "f32", 16 * 64, 32, 1), np.random.default_rng(exponent % 97)
+    w, x = np.zeros((case.rows, case.k), np.float16), np.zeros((1, case.k), np.float32)
+    w[:, 0:3:2] = rng.integers(-3, 4, (case.rows, 2)) * 2.0**-24 + rng.choice(
+        [0, 0, 2.0**-14, -(2.0**-9)], (case.rows, 2)
+    )
+    x[0, 0:3:2] = 2.0**exponent * (1 + rng.integers(0, 1 << 23, 2) * 2.0**-23)
+    y = same_bits(tiers, lambda t: t.matmul(case, w.view(np.uint8), x))[0]
+    (first, _, second), rest = ([Fraction(float(v)) for v in x[0, :3]], w[:, :3].astype(np.float32).tolist())
+    truth = [rounded(Fraction(float(rounded(first * Fraction(a)))) + second * Fraction(c)) for a, _, c in rest]
+    assert np.array_equal(y, np.array(truth, np.float32))
+    assert exponent > -112 or (np.abs(y[y != 0]) < 2.0**-126).any()
+
+
 def test_a_claim_writes_its_rows_only(tiers: list[Kernels]) -> None:
     case = Case("Q4_0", "int8", 56, 512, 5)
     raw = naive.blocks(case.format, case.rows, case.k)
