@@ -50,7 +50,6 @@ from .simd import (
     const,
     emit_exp,
     emit_f32_to_half,
-    emit_fine,
     emit_fma,
     emit_half_to_f32,
     emit_load_as_f32,
@@ -123,11 +122,11 @@ def _sum_of_products(
     out: Any,
     keep: bool,
     ahead: Any,
-    kind: str,
+    fine: bool,
 ) -> None:
     """out[r][v] (+)= sum over i < count of left(r, i) * right(i, v), v < width vectors; i upwards, one fma each.
 
-    left: addresses of f32; right: vectors, stored as `kind`; ahead(i): addresses to prefetch meanwhile.
+    left: addresses of f32; right: vectors; ahead(i): addresses to prefetch meanwhile; fine: of `emit_fma`.
     """
     acc = [[cgutils.alloca_once(b, V16F32) for _ in range(width)] for _ in range(rows)]
     for r, row in enumerate(acc):
@@ -138,8 +137,7 @@ def _sum_of_products(
             emit_prefetch(b, address)
         vectors = [right(loop.index, v) for v in range(width)]
         for r in range(rows):
-            address = left(r, loop.index)
-            factor, fine = broadcast_f32(b, address), emit_fine(b, address, kind)
+            factor = broadcast_f32(b, left(r, loop.index))
             for v in range(width):
                 b.store(emit_fma(b, factor, vectors[v], b.load(acc[r][v]), fine), acc[r][v])
     for r, row in enumerate(acc):
@@ -217,7 +215,7 @@ def make_scores(rows: int, kind: str) -> Any:
             line = b.add(coming, b.mul(d, ir.Constant(I64, step)))
             return [at(b, line, 64 * i) for i in range(max(step // 64, 1))]
 
-        _sum_of_products(b, rows, ir.Constant(I64, HEAD_DIM), left, right, width, out, False, ahead, kind.upper())
+        _sum_of_products(b, rows, ir.Constant(I64, HEAD_DIM), left, right, width, out, False, ahead, kind != "f16")
 
     def emit(b: ir.IRBuilder, q: Any, k: Any, groups: Any, s: Any, following: Any) -> None:
         wide = ir.Constant(I64, WIDTH)
@@ -279,7 +277,7 @@ def make_values(rows: int, kind: str) -> Any:
                 line = b.add(following, b.mul(i, ir.Constant(I64, HEAD_DIM * size)))
                 return [at(b, line, j) for j in range(0, HEAD_DIM * size, 64)] if dim == 0 else []
 
-            _sum_of_products(b, rows, count, left, right, WIDTH, out, True, ahead, kind.upper())
+            _sum_of_products(b, rows, count, left, right, WIDTH, out, True, ahead, kind != "f16")
 
     return word(void, [i64] * 6, emit)
 

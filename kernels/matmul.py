@@ -46,7 +46,6 @@ from .simd import (
     at,
     broadcast_f32,
     const,
-    emit_fine,
     emit_fma,
     emit_half_to_f32,
     emit_hidden,
@@ -325,9 +324,8 @@ def _emit_tile(
                 weights = emit_load_as_f32(b, at(b, start, size * kk), panel.name)
                 row = b.add(first, b.mul(step, ir.Constant(I64, kk)))
                 for t, (a,) in enumerate(chains[kk % 2]):
-                    factor = at(b, row, 4 * t)
-                    fine = emit_fine(b, factor, panel.name)
-                    b.store(emit_fma(b, weights, broadcast_f32(b, factor), b.load(a), fine), a)
+                    x_k = broadcast_f32(b, at(b, row, 4 * t))
+                    b.store(emit_fma(b, weights, x_k, b.load(a), fine=panel.name != "F16"), a)
     outs = [b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t))) for t in range(tokens)]
     totals = []
     for sums in zip(*chains, strict=True):

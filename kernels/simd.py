@@ -94,16 +94,15 @@ def call_llvm(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     return b.call(declare(b, f"llvm.{name}.{suffix}", kind, [a.type for a in args]), args)
 
 
-def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value, fine: ir.Value | bool = True) -> ir.Value:
-    """x * y + z of f32, one rounding. fine: False if x * y is known to be a multiple of f32's smallest number, 2^-149,
-    as an integer times an f32 is; or a value that says so.
+def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value, fine: bool = True) -> ir.Value:
+    """x * y + z of f32, one rounding. fine: False if x * y is known to be a multiple of 2^-178, as an f32 times an integer
+    or an f16 is.
 
     Where the CPU has none, LLVM would call libm lane by lane. There: in f64 the product is exact, and rounding the sum
-    once more to f32 is wrong only if the first rounding ended halfway between two f32. Sums that are halfway, and
-    results below the normal f32, whose halves lie elsewhere, are made again by `_round_once`; of random numbers one in
-    2^29, of the first product with an f16, which has 35 bits, one in 2^11. (A result of 0 needs no such care: numbers
-    that cancel have so few bits together that their sum is exact. Nor does a small one of a product that is not fine:
-    it is an f32.)
+    once more to f32 is wrong only if the first rounding ended halfway between two f32. Sums that are halfway are made
+    again by `_round_once`; of random numbers one in 2^29, of the first product with an f16, which has 35 bits, one in
+    2^11. So are results below the normal f32, whose halves lie elsewhere, unless products are coarse: then f64 has all
+    bits of such a sum. (Nor does a result of 0 need care: numbers that cancel have so few bits together.)
     """
     if TIER.fma:
         return call_llvm(b, "fma", x, y, z)
@@ -114,30 +113,19 @@ def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value, fine: ir.Va
     result, before = b.fptrunc(total, x.type), b.block
     low = b.trunc(b.bitcast(total, i64), i32)
     again = b.icmp_unsigned("==", b.and_(low, const(i32, 0x1FFFFFFF)), const(i32, 0x10000000))
-    if fine is True:
+    if fine:
         # 0 < magnitude < 2^-126: 0x80000000 more than magnitude - 1, as signed comparisons are the only ones of SSE2
         magnitude = b.and_(b.bitcast(result, i32), const(i32, 0x7FFFFFFF))
         small = b.icmp_signed("<", b.add(magnitude, const(i32, 0x7FFFFFFF)), const(i32, 0x007FFFFF - (1 << 31)))
         again = b.or_(again, small)
     lanes = ir.IntType(x.type.count)
     rare = b.icmp_unsigned("!=", b.bitcast(again, lanes), ir.Constant(lanes, 0))
-    with cgutils.if_unlikely(b, rare if isinstance(fine, bool) else b.or_(rare, fine)):
+    with cgutils.if_unlikely(b, rare):
         once, inside = b.call(_round_once_function(b, x.type), [x, y, z]), b.block
     phi = b.phi(x.type)
     phi.add_incoming(result, before)
     phi.add_incoming(once, inside)
     return phi
-
-
-def emit_fine(b: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value | bool:
-    """What `emit_fma` asks, of the f32 at an address times a number stored as `element`: an f16 is a multiple of 2^-24,
-    an f32 from 2^-102 on one of 2^-125.
-    """
-    if TIER.fma or element != "F16":
-        return True
-    magnitude = b.and_(load(b, address, I32), ir.Constant(I32, 0x7FFFFFFF))
-    last = ir.Constant(I32, ((127 - 102) << 23) - 2)
-    return b.icmp_unsigned("<=", b.sub(magnitude, ir.Constant(I32, 1)), last)
 
 
 def _round_once_function(b: ir.IRBuilder, kind: ir.VectorType) -> ir.Function:

@@ -106,7 +106,7 @@ def test_multiply_adds_round_once(tiers: list[Kernels]) -> None:
 
 @pytest.mark.parametrize("exponent", range(-126, -96, 3))
 def test_small_products_of_halves_round_once(exponent: int, tiers: list[Kernels]) -> None:
-    """Where the CPU has no fma, factors above 2^-102 take a shorter way, since their products with f16 are coarse."""
+    """Where the CPU has no fma, nothing is done about tiny sums of such products, since f64 has all of their bits."""
     case, rng = Case("F16", "f32", 16 * 64, 32, 1), np.random.default_rng(exponent % 97)
     w, x = np.zeros((case.rows, case.k), np.float16), np.zeros((1, case.k), np.float32)
     w[:, 0:3:2] = rng.integers(-3, 4, (case.rows, 2)) * 2.0**-24 + rng.choice(
