@@ -95,8 +95,8 @@ def call_llvm(b: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
 
 
 def emit_fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value, fine: bool = True) -> ir.Value:
-    """x * y + z of f32, one rounding. fine: False if x * y is known to be a multiple of 2^-178, as an f32 times an integer
-    or an f16 is.
+    """x * y + z of f32, one rounding. fine: False if x * y is known to be a multiple of 2^-178, as an f32 times an
+    integer or an f16 is.
 
     Where the CPU has none, LLVM would call libm lane by lane. There: in f64 the product is exact, and rounding the sum
     once more to f32 is wrong only if the first rounding ended halfway between two f32. Sums that are halfway are made
