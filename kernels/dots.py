@@ -13,7 +13,7 @@ from .jit import TIER
 from .panels import ROWS, Panel
 from .simd import I8, I16, I32, I64, at, const, declare, load, splat
 
-V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
+V64I8 = ir.VectorType(I8, 64)
 V8I8, V16I8, V8I16, V4I32, V2I64 = (ir.VectorType(t, n) for t, n in ((I8, 8), (I8, 16), (I16, 8), (I32, 4), (I64, 2)))
 
 
