@@ -144,7 +144,7 @@ class MaddubsDots(Dots):
 
     @staticmethod
     def rows(sums: int) -> int:
-        return 8 if TIER.row_lanes == 4 else ROWS
+        return 8 if TIER.row_lanes == 4 else ROWS  # sums of 16 rows would take all registers of 4 lanes
 
     def __init__(self, b: ir.IRBuilder, panel: Panel, starts: list[ir.Value]) -> None:
         super().__init__(b, panel, starts)
