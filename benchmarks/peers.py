@@ -571,8 +571,10 @@ def rounds(
     return results
 
 
-def _note_bandwidth(peaks: list[float], threads: int) -> None:
+def _note_state(peaks: list[float], handed: list[float], threads: int) -> None:
     peaks.append(bench.read_bandwidth(threads))
+    if min(threads, available_cores()) > 1:
+        handed.append(bench.hand_over())
 
 
 def meet(
@@ -603,8 +605,10 @@ def meet(
             ids = bench.prompt(checkpoint.config.vocab_size, context)
             for key in keys:
                 began, before = time.perf_counter(), stolen()
-                peaks: list[float] = []  # one a round: what the memory gives changes within a minute, for all alike
-                look = partial(_note_bandwidth, peaks, key.threads)
+                # one a round: what memory gives, and how far cores are apart, changes within a minute, for all alike
+                peaks: list[float] = []
+                handed: list[float] = []
+                look = partial(_note_state, peaks, handed, key.threads)
                 results = rounds(opened, key.case, ids, options.repeats, options.budget, look)
                 peak, after = statistics.median(peaks), stolen()
                 for runner in runners:
@@ -619,6 +623,7 @@ def meet(
                     [results[runner.name] for runner in runners],
                     read_peak=peak,
                     read_peaks=peaks,
+                    hand_overs=handed,
                     steal=(after[0] - before[0]) / max(1, after[1] - before[1]),
                     seconds=round(time.perf_counter() - began, 1),
                 )

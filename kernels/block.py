@@ -35,11 +35,12 @@ def words(names: str) -> Any:
 #   act, act_2, act_f32: activations as the next matmuls read them: one int8 term, two, f32 (drawn in matmul.py)
 #   parts (spans, n_heads, PART) of each segment in turn: attention of a single token, its context split over threads
 #   rows: how many of the last tokens out is wanted of; where it is not n, the pass is of one segment
+#   behind: tokens before the block's own in the u of adapters, which are of all threads (forward.alone)
 #   logits (n, 16 head.groups)   softmax (n, n_heads, 2): m and l of each row of attention, for training; or 0
 B = words(
     "team counters threads n rows n_segments segments dim hidden_dim n_layers n_heads n_kv_heads eps tile_f32 tile_1 "
     "tile_2 max_k ids x act act_2 act_f32 qkv parts gate up out logits scratch scratch_bytes "
-    "layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head softmax"
+    "layer_bytes head_bytes value_offset rope layers final_norm embed_row embed head softmax behind"
 )
 
 # One segment: tokens first .. first + count - 1 of the pass are positions start, start + 1, ... of a sequence. pages:
@@ -106,11 +107,11 @@ QUERIES_SCRATCH = ROW_TILE * (4 * HEAD_DIM + 256)
 SPAN_SCRATCH = 4 * ROW_TILE * SPAN + 2 * (2 * ROW_TILE * PAGE + 4 * PAGE + 64)
 # A thread's scratch: attention's, partials and a copy of one head; then one row of max_k floats, and as activations of
 # 4 bytes a float each (two int8 terms, one, f32); then an unpacked row group; then u of three adapters; at the end the
-# block and the segment of the rows that are wanted.
+# block, the segment and the claim counters of a section of the tokens.
 ATTENTION_SCRATCH = QUERIES_SCRATCH + SPAN_SCRATCH + 4 * (2 * ROW_TILE * PART + HEAD_DIM)
 
 
-TAIL_BYTES = 8 * (B.size + S.size)
+TAIL_BYTES = 8 * (B.size + S.size) + PHASES * LINE
 
 
 def scratch_bytes(max_k: int) -> int:

@@ -20,7 +20,8 @@ NAMES = """forward_KIND forward_KIND_KIND (K and V of the cache) classify team_r
 matmul_FORMAT_int8 matmul_FORMAT_int8x2 matmul_FORMAT_f32 row_FORMAT
 op_NAME (training: backward.OPS) pairs_matmul (bf16)
 smolrun_FUNCTION (of smolrun.h; for the plainest tier) smolrun_symbol,NAME,... (what a library of these names holds)
-read_STREAMS peak_int8 peak_f32 (measure the machine) rmsnorm swiglu rope quantise interleave (for tests alone)"""
+read_STREAMS peak_int8 peak_f32 hand_over (measure the machine)
+rmsnorm swiglu rope quantise interleave half (for tests alone)"""
 
 
 def _function(name: str):  # type: ignore[no-untyped-def]
@@ -55,7 +56,7 @@ def _function(name: str):  # type: ignore[no-untyped-def]
 
         symbol, _, names = name.partition(",")
         return (capi.make_symbol(names.split(",")), i64(i64)) if names else capi.function(symbol)
-    if name in ("team_rouse", "team_run", "worker_loop"):
+    if name in ("team_rouse", "team_run", "worker_loop", "hand_over"):
         return getattr(team, name), i64(i64, i64, i64)
     arguments = {
         "rmsnorm": (i64, i64, i64, f32, i64),

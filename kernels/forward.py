@@ -18,6 +18,15 @@ A phase ends when all of its items are done, whoever did them (team.py). Of a si
 thread makes the activations for itself, which takes less than waiting for them. A matrix may have an adapter: `prepare`
 then makes its u too, and who multiplies a row group adds u up^T. `classify` is a second entry: prefill needs logits of
 its last token only, and the classifier is 21 % of the 135M weights.
+
+Phases make half of what a thread reads the work of others: all rows of its tokens, all tokens of its rows. So a few
+threads with many tokens do without. Each has a stretch of the tokens, and runs the phases of a layer alone on half of
+it at a time; what it writes stays in its cache, and it waits only for keys and values of tokens in front of its own:
+
+    tokens        0 ..            n / 2 ..           n       layer 1 of stretch 1 needs layer 0 of both, never the
+    layer 0       stretch 0       stretch 1                  other way round: thread 0 gets ahead, and takes halves
+    layer 1       stretch 0       stretch 1                  of what is left of stretch 1 when its own is done
+    ...
 """
 
 from __future__ import annotations
@@ -25,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .attention import make_attention, merge_spans, segment_of
-from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, MOST_RANK, PHASES, TAIL_BYTES, A, B, S, T, W
+from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, MOST_RANK, PHASES, TAIL_BYTES, A, B, S, W
 from .jit import kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
@@ -45,6 +54,7 @@ def unpacked_of(block, row):  # type: ignore[no-untyped-def]
 
 
 PASS = void(i64, i64)
+STRETCHES = 5  # most of them: claim counters of a layer up to its keys and values
 
 
 @kernel
@@ -81,7 +91,7 @@ def narrowed(block, a, row):  # type: ignore[no-untyped-def]
     """Where u of an adapter lies: that of a single token in each thread's scratch."""
     if get_i64(block + B.n) == 1:
         return unpacked_of(block, row) + 64 * get_i64(block + B.max_k) + 4 * MOST_RANK * get_i64(a + A.place)
-    return get_i64(a + A.u)
+    return get_i64(a + A.u) + 4 * 32 * get_i64(a + A.blocks) * get_i64(block + B.behind)
 
 
 @kernel
@@ -119,7 +129,7 @@ def product(block, w, g, end, y, y_stride, add, row):  # type: ignore[no-untyped
 @kernel
 def share(block, items):  # type: ignore[no-untyped-def]
     """Items of one claim where each is little work: all threads want the counter's line, and neighbours' lines."""
-    claims = 8 * get_i64(get_i64(block + B.team) + T.threads)
+    claims = 8 * get_i64(block + B.threads)
     return (items + claims - 1) // claims
 
 
@@ -129,7 +139,7 @@ def groups_and_step(block, w):  # type: ignore[no-untyped-def]
     in L2 while tile after tile passes over it."""
     groups, n = get_i64(w + W.groups), get_i64(block + B.n)
     if n < get_i64(block + B.tile_1):
-        claims = (2 if n == 1 else 4) * get_i64(get_i64(block + B.team) + T.threads)
+        claims = (2 if n == 1 else 4) * get_i64(block + B.threads)
         return groups, (groups + claims - 1) // claims
     return groups, get_i64(w + W.step)
 
@@ -236,24 +246,70 @@ def width_of(block):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def section(block, first, count, place):  # type: ignore[no-untyped-def]
+    """The block of tokens first .. first + count - 1 alone of a pass of one segment, written to `place`."""
+    segment = get_i64(block + B.segments)
+    for i in range(0, 8 * B.size, 8):
+        put_i64(place + i, get_i64(block + i))
+    own = place + 8 * B.size
+    for i in range(0, 8 * S.size, 8):
+        put_i64(own + i, get_i64(segment + i))
+    put_i64(own + S.count, count)
+    put_i64(own + S.start, get_i64(segment + S.start) + first)
+    put_i64(place + B.segments, own)
+    put_i64(place + B.n, count)
+    put_i64(place + B.x, get_i64(block + B.x) + 4 * first * get_i64(block + B.dim))
+    put_i64(place + B.qkv, get_i64(block + B.qkv) + 4 * first * width_of(block))
+    return place
+
+
+@kernel
 def wanted(block, tail):  # type: ignore[no-untyped-def]
     """The block of those tokens whose hidden states are wanted: this one, or at `tail` one of the last tokens alone."""
     n, rows = get_i64(block + B.n), get_i64(block + B.rows)
-    if rows == n:
-        return block
-    segment, skip = get_i64(block + B.segments), n - rows
-    for i in range(0, 8 * B.size, 8):
-        put_i64(tail + i, get_i64(block + i))
-    last = tail + 8 * B.size
-    for i in range(0, 8 * S.size, 8):
-        put_i64(last + i, get_i64(segment + i))
-    put_i64(last + S.count, rows)
-    put_i64(last + S.start, get_i64(segment + S.start) + skip)
-    put_i64(tail + B.segments, last)
-    put_i64(tail + B.n, rows)
-    put_i64(tail + B.x, get_i64(block + B.x) + 4 * skip * get_i64(block + B.dim))
-    put_i64(tail + B.qkv, get_i64(block + B.qkv) + 4 * skip * width_of(block))
-    return tail
+    return block if rows == n else section(block, n - rows, rows, tail)
+
+
+@kernel
+def unit_of(block):  # type: ignore[no-untyped-def]
+    """Tokens that sections are multiples of: tiles, a dozen tokens at least."""
+    tile = get_i64(block + B.tile_1)
+    return (11 + tile) // tile * tile
+
+
+@kernel
+def in_stretches(block):  # type: ignore[no-untyped-def]
+    """Whether a pass is long enough to give every thread a stretch of its tokens, and of one segment."""
+    n, threads = get_i64(block + B.n), get_i64(block + B.threads)
+    enough = n >= 4 * threads * unit_of(block) and get_i64(block + B.n_segments) == 1
+    return enough and 1 < threads <= STRETCHES
+
+
+@kernel
+def stretch_of(block, owner):  # type: ignore[no-untyped-def]
+    """First token of a thread's stretch, that of the thread behind the last being n."""
+    n, threads, unit = get_i64(block + B.n), get_i64(block + B.threads), unit_of(block)
+    return n if owner == threads else n // unit * owner // threads * unit
+
+
+@kernel
+def alone(block, tid, n):  # type: ignore[no-untyped-def]
+    """Make a section one thread's: activations, gate and up lie in the thread's share of their buffers, which stays in
+    its cache from section to section; claims are its own. Returns its first claim counter."""
+    behind = tid * (n // get_i64(block + B.threads))
+    max_k, hidden = get_i64(block + B.max_k), 4 * get_i64(block + B.hidden_dim)
+    put_i64(block + B.behind, behind)
+    put_i64(block + B.threads, 1)
+    put_i64(block + B.act, get_i64(block + B.act) + behind * (max_k // 32) * bytes_of_record(1))
+    put_i64(block + B.act_2, get_i64(block + B.act_2) + behind * (max_k // 32) * bytes_of_record(2))
+    put_i64(block + B.act_f32, get_i64(block + B.act_f32) + behind * 4 * max_k)
+    put_i64(block + B.gate, get_i64(block + B.gate) + behind * hidden)
+    put_i64(block + B.up, get_i64(block + B.up) + behind * hidden)
+    counter = block + TAIL_BYTES - PHASES * LINE
+    for m in range(PHASES):
+        put_i64(counter + m * LINE, 0)
+        put_i64(counter + m * LINE + 8, 0)
+    return counter
 
 
 @kernel
@@ -327,6 +383,47 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         multiply(block, w + LAYER.down, counter + 11 * LINE, x, dim, 1, row)
         return wait(team, counter + 11 * LINE, get_i64(w + LAYER.down + W.groups))
 
+    @kernel
+    def settle(block, i, owner, counters, scratch, row, tid):  # type: ignore[no-untyped-def]
+        """Bring a stretch of the tokens to the keys and values of layer i: half of it at a time from those of the layer
+        before, which all tokens in front of the stretch have, too. Returns 1 when the pass is cancelled."""
+        begin, end, unit = stretch_of(block, owner), stretch_of(block, owner + 1), unit_of(block)
+        half = begin + (end - begin + 2 * unit - 1) // (2 * unit) * unit
+        counter = counters + (1 + i * PHASES + owner) * LINE
+        while True:
+            k = claim(counter, 1)
+            if k > 1:
+                return wait(get_i64(block + B.team), counter, 2)
+            first, stop = (half, end) if k else (begin, half)
+            place = scratch + get_i64(block + B.scratch_bytes) - TAIL_BYTES
+            part = section(block, first, stop - first, place)
+            own = alone(part, tid, get_i64(block + B.n))
+            if i and complete(part, i - 1, own, scratch, row):
+                return 1
+            if project(part, i, own, scratch, row):
+                return 1
+            done(counter, 1)
+
+    @kernel
+    def by_stretches(block, counters, scratch, row, tid):  # type: ignore[no-untyped-def]
+        """All tokens up to the keys and values of the last layer. Returns 1 when the pass is cancelled.
+
+        A layer of a stretch waits for the layer before of all in front of it. So they are looked after first: then a
+        thread that others wait for has their help, and who is through helps those behind.
+        """
+        threads, n_layers = get_i64(block + B.threads), get_i64(block + B.n_layers)
+        for i in range(n_layers + 1):
+            for owner in range(tid if i else 0):
+                if settle(block, i - 1, owner, counters, scratch, row, tid):
+                    return 1
+            if i < n_layers and settle(block, i, tid, counters, scratch, row, tid):
+                return 1
+        for i in range(n_layers):
+            for owner in range(tid + 1, threads):
+                if settle(block, i, owner, counters, scratch, row, tid):
+                    return 1
+        return 0
+
     def forward(block, tid):  # type: ignore[no-untyped-def]
         counters, n_layers = get_i64(block + B.counters), get_i64(block + B.n_layers)
         scratch = get_i64(block + B.scratch) + tid * get_i64(block + B.scratch_bytes)
@@ -334,9 +431,12 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         embed(block, counters, get_i64(block + B.x), get_i64(block + B.dim), unpacked_of(block, row))
         if wait(get_i64(block + B.team), counters, get_i64(block + B.n)):
             return
-        for i in range(n_layers):
+        stretches = in_stretches(block)
+        if stretches and by_stretches(block, counters, scratch, row, tid):
+            return
+        for i in range(n_layers - 1 if stretches else 0, n_layers):
             counter = counters + (1 + i * PHASES) * LINE
-            if project(block, i, counter, scratch, row):
+            if not stretches and project(block, i, counter, scratch, row):
                 return
             if i == n_layers - 1:
                 block = wanted(block, scratch + get_i64(block + B.scratch_bytes) - TAIL_BYTES)

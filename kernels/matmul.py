@@ -271,11 +271,15 @@ def _int8_block(
         record = Record(b, panel, w, within, apart, part * rows, rows)
         if len(acc) <= 2 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
             record.read()
-        if len(acc) in FEW and rows <= ROWS:
-            share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
-            place = b.add(w, b.mul(within, ir.Constant(I64, share)))
+        share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
+        place, coming = b.add(w, b.mul(within, ir.Constant(I64, share))), []
+        if rows > ROWS:  # the next row groups, which a full tile has time to fetch
+            coming = [b.add(place, b.mul(apart, ir.Constant(I64, rows // ROWS + i))) for i in range(rows // ROWS)]
+        elif len(acc) in FEW:
+            coming = [at(b, place, AHEAD)]
+        for start in coming:
             for line in range(0, share, 64):
-                emit_prefetch(b, at(b, place, AHEAD + line))
+                emit_prefetch(b, at(b, start, line))
         for group in range(BLOCK // panel.group):
             sums = _sums(b, record, group, terms, records)
             scale, minimum = record.scale(group)

@@ -109,3 +109,15 @@ def worker_loop(team, tid, seen):  # type: ignore[no-untyped-def]
                 return seen
             atomic_swap(asleep, 0)
             i = 0
+
+
+def hand_over(team, turn, times):  # type: ignore[no-untyped-def]
+    """One of two threads, turn 0 and 1, that add to the team's `generation` in turns: how long a line takes from core
+    to core. Returns 0; then the word is even again."""
+    for _ in range(times):
+        i = 0
+        while atomic_get(team + T.generation) % 2 != turn:
+            spin(team, i)
+            i += 1
+        atomic_add(team + T.generation, 1)
+    return 0

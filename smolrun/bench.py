@@ -27,15 +27,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.generate.engine import CachedSequence, Model, passes
 from smolrun.kernels import load, target
-from smolrun.kernels.block import MAX_THREADS, PAGE
+from smolrun.kernels.block import MAX_THREADS, PAGE, TEAM_BYTES, T
 from smolrun.kernels.panels import ROWS
 from smolrun.model.llama import Llama
 from smolrun.model.machine import HERE, available_cores
 from smolrun.model.memory import SEGMENTS, Arena, page_bytes
+from smolrun.model.workers import give_way
 from smolrun.peer import Peer
 from smolrun.text.tokenizer import Tokenizer
 from smolrun.verify import Comparison, Logits, logits_in_cuts, sample_text, weight_format
@@ -50,6 +53,7 @@ PROBE_PASSES = 5
 PROBE_L1 = 8192  # bytes a thread's peak kernel reads (matmul.PEAK_BYTES)
 PROBE_COLUMNS = 32  # of a step of it
 PROBE_STEPS = 500_000  # about 0.1 s
+PROBE_HANDED = 300  # at most 0.1 ms, where each thread has a core
 COLD_RUNS = 3
 COLD_TOKENS = 128
 COLD_CONTEXT = 2048
@@ -403,6 +407,19 @@ def read_bandwidth(threads: int) -> float:
         return lambda i: read(start + i * part, part, 1)
 
     return max(_together(threads, reading(address), part) for address in kernels.values())
+
+
+def hand_over() -> float:
+    """Seconds that a cache line takes from one core to another, at best: what two threads wait for each other.
+
+    Some 40 ns where they share a last-level cache, 200 where they do not. A system, or the host of a virtual machine,
+    that moves threads between such cores changes what two of them compute, and what memory gives them, within seconds.
+    """
+    work = load.c_function(load.addresses(target.choose(), ["hand_over"])["hand_over"], 3, ctypes.c_int64)
+    memory = Arena({"team": TEAM_BYTES})
+    memory.arrays["team"].view(np.int64)[T.give_way // 8] = give_way()
+    team = memory.address("team")
+    return 1 / _together(2, lambda turn: work(team, turn, PROBE_HANDED), PROBE_HANDED)
 
 
 def _together(threads: int, work: Callable[[int], object], amount: float) -> float:

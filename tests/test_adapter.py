@@ -84,11 +84,12 @@ def test_inference_has_the_bits_of_training(fmt: str, rank: int, tmp_path: Path)
 
 
 def test_same_bits_for_cuts_threads_and_tiers(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, ids = an_adapter(tiny), np.random.default_rng(2).integers(17, 300, 75).tolist()
+    adapter, ids = an_adapter(tiny), np.random.default_rng(2).integers(17, 300, 230).tolist()
     expected = hidden(tiny.gguf, adapter, ids, precision="fast")
     for cuts in (1, 7, 64):
         assert np.array_equal(hidden(tiny.gguf, adapter, ids, cuts, precision="fast"), expected), cuts
-    assert np.array_equal(hidden(tiny.gguf, adapter, ids, threads=3, precision="fast"), expected)
+    for threads in (2, 3, 16):  # two and three share the tokens out
+        assert np.array_equal(hidden(tiny.gguf, adapter, ids, threads=threads, precision="fast"), expected), threads
     for tier in runnable():
         monkeypatch.setenv("SMOLRUN_TIER", tier.name)
         assert np.array_equal(hidden(tiny.gguf, adapter, ids, precision="fast"), expected), tier.name

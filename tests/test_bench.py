@@ -16,6 +16,7 @@ from smolrun import bench, peer
 from smolrun.bench import Case, Report, Row
 from smolrun.errors import OptionError, SmolrunError
 from smolrun.files.checkpoint import open_checkpoint
+from smolrun.model.machine import available_cores
 from tiny import make_tiny
 
 ROW = Row("tg128", 2, (90.0, 100.0, 120.0), 100_000_000, 20e9, (50.0, 80.0, 60.0))
@@ -150,6 +151,11 @@ def test_turns_alternate_and_the_first_round_is_thrown_away() -> None:
 def test_prompt_is_the_same_everywhere_and_has_no_specials() -> None:
     ids = bench.prompt(49152, 512)
     assert ids[:3] == [25264, 27579, 2670] and min(ids) >= 17 and max(ids) < 49152 and ids == bench.prompt(49152, 512)
+
+
+@pytest.mark.skipif(available_cores() < 2, reason="two threads take turns on one core")
+def test_a_line_goes_from_core_to_core_and_back() -> None:
+    assert 1e-9 < bench.hand_over() < 1e-2  # less than a turn of the scheduler: both cores were there
 
 
 @pytest.mark.parametrize("tied", [True, False])

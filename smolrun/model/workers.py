@@ -17,7 +17,7 @@ from smolrun.kernels.block import LINE, MAX_THREADS, TEAM_BYTES, T
 from smolrun.kernels.load import c_function
 
 
-def _give_way() -> int:
+def give_way() -> int:
     """Address of the system's function that gives the core to another thread."""
     if os.name == "nt":
         return ctypes.cast(ctypes.WinDLL("kernel32").SwitchToThread, ctypes.c_void_p).value or 0  # type: ignore[attr-defined]
@@ -34,7 +34,7 @@ class _State:
         first = self.address - self.buffer.ctypes.data
         self.words = self.buffer[first : first + TEAM_BYTES].view(np.int64)
         self.words[T.threads // 8] = threads
-        self.words[T.give_way // 8] = _give_way()
+        self.words[T.give_way // 8] = give_way()
         self.loop = c_function(kernels["worker_loop"], 3, ctypes.c_int64)
         self.rouse = c_function(kernels["team_rouse"], 3, ctypes.c_int64)
         self.run = c_function(kernels["team_run"], 3, ctypes.c_int64)
