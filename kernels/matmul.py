@@ -273,8 +273,9 @@ def _int8_block(
             record.read()
         share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
         place, coming = b.add(w, b.mul(within, ir.Constant(I64, share))), []
-        if rows > ROWS:  # the next row groups, which a full tile has time to fetch
-            coming = [b.add(place, b.mul(apart, ir.Constant(I64, rows // ROWS + i))) for i in range(rows // ROWS)]
+        if rows > ROWS or len(acc) > 8:  # the next row groups, which a full tile has time to fetch
+            groups = rows // ROWS
+            coming = [b.add(place, b.mul(apart, ir.Constant(I64, groups + i))) for i in range(groups)]
         elif len(acc) in FEW:
             coming = [at(b, place, AHEAD)]
         for start in coming:
