@@ -32,6 +32,7 @@ it at a time; what it writes stays in its cache, and it waits only for keys and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .attention import make_attention, merge_spans, segment_of
 from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, MOST_RANK, PHASES, TAIL_BYTES, A, B, S, W
@@ -324,8 +325,8 @@ def normalise(block, counter):  # type: ignore[no-untyped-def]
         rmsnorm(x, get_i64(block + B.final_norm), dim, get_f32(block + B.eps), out)
 
 
-def make_forward(key: str, value: str) -> Callable[..., None]:
-    """forward(block, tid) for a KV cache of these kinds (block.KV_BYTES)."""
+def make_layer(key: str, value: str) -> tuple[Any, Any]:
+    """(project, complete): the two parts of a layer, for a KV cache of these kinds (block.KV_BYTES)."""
     store_kv, attention = make_attention(key, value)
 
     @kernel
@@ -383,6 +384,12 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         multiply(block, w + LAYER.down, counter + 11 * LINE, x, dim, 1, row)
         return wait(team, counter + 11 * LINE, get_i64(w + LAYER.down + W.groups))
 
+    return project, complete
+
+
+def make_by_stretches(project: Any, complete: Any) -> Any:
+    """by_stretches(block, counters, scratch, row, tid) of these parts of a layer."""
+
     @kernel
     def settle(block, i, owner, counters, scratch, row, tid):  # type: ignore[no-untyped-def]
         """Bring a stretch of the tokens to the keys and values of layer i: half of it at a time from those of the layer
@@ -423,6 +430,14 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
                 if settle(block, i, owner, counters, scratch, row, tid):
                     return 1
         return 0
+
+    return by_stretches
+
+
+def make_forward(key: str, value: str) -> Callable[..., None]:
+    """forward(block, tid) for a KV cache of these kinds."""
+    project, complete = make_layer(key, value)
+    by_stretches = make_by_stretches(project, complete)
 
     def forward(block, tid):  # type: ignore[no-untyped-def]
         counters, n_layers = get_i64(block + B.counters), get_i64(block + B.n_layers)
