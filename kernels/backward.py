@@ -26,7 +26,7 @@ from .bf16 import pair, round_16
 from .block import HEAD_DIM, PAGE, B, S
 from .forward import call_matmul, call_row
 from .jit import TIER, kernel
-from .matmul import make_tile, make_unpack
+from .matmul import make_tile
 from .ops import CHUNK, COLUMN_STEP, QUERY_TILE, TOKENS
 from .panels import BLOCK, PANELS, ROWS
 from .pointwise import interleave, rmsnorm, swiglu
@@ -63,6 +63,7 @@ from .simd import (
 )
 from .target import token_tile
 from .team import claim
+from .unpack import make_unpack
 
 T = token_tile(TIER, 0)
 WIDE = T > 8  # tiles are made of 16 x 16 transposes; narrower ones number by number

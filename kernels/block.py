@@ -83,6 +83,7 @@ T = constants(
     asleep=5 * LINE,  # one line a thread
 )
 MAX_THREADS = 256
+STRETCHES = 5  # most threads that take a stretch of a pass each: claim counters of a layer up to keys and values
 TEAM_BYTES = T.asleep + MAX_THREADS * LINE
 
 HEAD_DIM = 64
@@ -106,9 +107,20 @@ QUERIES_SCRATCH = ROW_TILE * (4 * HEAD_DIM + 256)
 # that of a span: scores; where V is quantised, i16 weights of a page's two blocks, the blocks' scales, 2 x 16 factors.
 SPAN_SCRATCH = 4 * ROW_TILE * SPAN + 2 * (2 * ROW_TILE * PAGE + 4 * PAGE + 64)
 # A thread's scratch: attention's, partials and a copy of one head; then one row of max_k floats, and as activations of
-# 4 bytes a float each (two int8 terms, one, f32); then an unpacked row group; then u of three adapters; at the end the
+# 4 bytes a float each (two int8 terms, one, f32); then what is unpacked; then u of three adapters; at the end the
 # block, the segment and the claim counters of a section of the tokens.
 ATTENTION_SCRATCH = QUERIES_SCRATCH + SPAN_SCRATCH + 4 * (2 * ROW_TILE * PART + HEAD_DIM)
+
+
+# Where many tokens multiply what was unpacked once (matmul.py): blocks of two row groups, each up to four f32 of a row
+# for its scales, one for what is crossed, and 32 bytes; behind them sums of so many tokens, f32 of 32 rows.
+SPREAD_BLOCKS, SPREAD_TOKENS = 18, 504
+SPREAD_BYTES = SPREAD_BLOCKS * 2 * 16 * (4 * 5 + 32) + SPREAD_TOKENS * 2 * 16 * 4
+
+
+def unpack_bytes(max_k: int) -> int:
+    """Bytes of scratch that a matmul unpacks to: a row group as f32, or what is spread."""
+    return max(64 * max_k, SPREAD_BYTES)
 
 
 TAIL_BYTES = 8 * (B.size + S.size) + PHASES * LINE
@@ -116,4 +128,5 @@ TAIL_BYTES = 8 * (B.size + S.size) + PHASES * LINE
 
 def scratch_bytes(max_k: int) -> int:
     """Bytes of scratch a thread needs for matrices of up to max_k columns; a multiple of a cache line."""
-    return -(-(ATTENTION_SCRATCH + (4 + 12 + 64) * max_k + 3 * 4 * MOST_RANK + TAIL_BYTES) // LINE) * LINE
+    size = ATTENTION_SCRATCH + (4 + 12) * max_k + unpack_bytes(max_k) + 3 * 4 * MOST_RANK + TAIL_BYTES
+    return -(-size // LINE) * LINE

@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from .jit import TIER
 from .panels import ROWS, Panel
-from .simd import I8, I16, I32, I64, at, const, declare, load, splat
+from .simd import I8, I16, I32, I64, at, const, declare, emit_rint, load, splat
 
 V64I8 = ir.VectorType(I8, 64)
 V8I8, V16I8, V8I16, V4I32, V2I64 = (ir.VectorType(t, n) for t, n in ((I8, 8), (I8, 16), (I16, 8), (I32, 4), (I64, 2)))
@@ -20,21 +20,17 @@ V8I8, V16I8, V8I16, V4I32, V2I64 = (ir.VectorType(t, n) for t, n in ((I8, 8), (I
 def pieces(b: ir.IRBuilder, value: ir.Value, count: int) -> list[ir.Value]:
     """A vector cut into equal parts."""
     lanes = value.type.count // count
-    return (
-        [_shuffle(b, value, value, range(i * lanes, (i + 1) * lanes)) for i in range(count)] if count > 1 else [value]
-    )
+    return [shuffle(b, value, value, range(i * lanes, (i + 1) * lanes)) for i in range(count)] if count > 1 else [value]
 
 
 def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
     """The inverse of `pieces`, of a power of two."""
     while len(parts) > 1:
-        parts = [
-            _shuffle(b, low, high, range(low.type.count * 2)) for low, high in zip(*[iter(parts)] * 2, strict=True)
-        ]
+        parts = [shuffle(b, low, high, range(low.type.count * 2)) for low, high in zip(*[iter(parts)] * 2, strict=True)]
     return parts[0]
 
 
-def _shuffle(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: Iterable[int]) -> ir.Value:
+def shuffle(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: Iterable[int]) -> ir.Value:
     """Lanes of x, then of y, by number."""
     index = [*lanes]
     return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(index)), index))
@@ -61,6 +57,44 @@ _MADDUBS = {
 _PAIRS = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
+def emit_half_sums(b: ir.IRBuilder, q: ir.Value) -> ir.Value:
+    """Sums of 16 x i8 each in every fourth lane of i32; made positive, bytes are what CPUs have a sum of."""
+    kind, positive = ir.VectorType(I32, q.type.count // 4), b.xor(q, const(q.type, -128))
+    if not TIER.x86:
+        total = const(kind, 0)
+        for i, part in enumerate(pieces(b, positive, q.type.count // 16)):
+            wide = b.zext(part, ir.VectorType(I32, 16))
+            half = b.call(declare(b, "llvm.vector.reduce.add.v16i32", I32, [wide.type]), [wide])
+            total = b.insert_element(total, half, ir.Constant(I32, 4 * i))
+    else:
+        bits = min(32 * TIER.row_lanes, 8 * q.type.count)
+        parts = pieces(b, positive, 8 * q.type.count // bits)
+        of_eight = declare(b, _SAD[bits], ir.VectorType(I64, bits // 64), [parts[0].type] * 2)
+        eights = b.bitcast(join(b, [b.call(of_eight, [p, const(p.type, 0)]) for p in parts]), kind)
+        total = b.add(eights, shuffle(b, eights, eights, [i ^ 2 for i in range(kind.count)]))
+    return b.sub(total, const(kind, 128 * 16))
+
+
+def emit_nearest(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """f32 to the nearest i32, ties to even, of a magnitude below 2^31."""
+    kind = ir.VectorType(I32, x.type.count)
+    if not TIER.x86:
+        return b.fptosi(emit_rint(b, x), kind)
+    if TIER.row_lanes < 16:
+        return _by_register(b, _NEAREST[TIER.row_lanes], kind, x)
+    mask = ir.IntType(16)
+    parts = []
+    for part in pieces(b, x, x.type.count // 16):
+        of = ir.VectorType(I32, 16)
+        function = declare(b, "llvm.x86.avx512.mask.cvtps2dq.512", of, [part.type, of, mask, I32])
+        parts.append(b.call(function, [part, const(of, 0), ir.Constant(mask, -1), ir.Constant(I32, 4)]))
+    return join(b, parts)
+
+
+_NEAREST = {4: "llvm.x86.sse2.cvtps2dq", 8: "llvm.x86.avx.cvt.ps2dq.256"}
+_SAD = {128: "llvm.x86.sse2.psad.bw", 256: "llvm.x86.avx2.psad.bw", 512: "llvm.x86.avx512.psad.bw.512"}
+
+
 def look_up(b: ir.IRBuilder, table: list[int], index: ir.Value) -> ir.Value:
     """table[index] of many i8 in 0..15: a shuffle of bytes, or as many selects where the tier has none."""
     if not TIER.x86:
@@ -84,7 +118,7 @@ def emit_pairs(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir
         return b.add(total, _by_register(b, _PAIRS[TIER.row_lanes], total.type, x, y))
     for parity in (0, 1):  # smlal
         lanes = range(parity, x.type.count, 2)
-        mine, theirs = (b.sext(_shuffle(b, v, v, lanes), total.type) for v in (x, y))
+        mine, theirs = (b.sext(shuffle(b, v, v, lanes), total.type) for v in (x, y))
         total = b.add(total, b.mul(mine, theirs))
     return total
 
@@ -124,6 +158,16 @@ class Dots:
         return splat(self.b, load(self.b, at(self.b, address, 4 * j), I32), self.lanes)
 
 
+def emit_dot(b: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
+    """vpdpbusd"""
+    kind = total.type
+    width = min(32 * kind.count, 32 * TIER.row_lanes)
+    count = 32 * kind.count // width
+    cut = [pieces(b, a, count) for a in (total, u, s)]
+    function = declare(b, f"llvm.x86.avx512.vpdpbusd.{width}", cut[0][0].type, [c[0].type for c in cut])
+    return join(b, [b.call(function, [c[i] for c in cut]) for i in range(count)])
+
+
 class VnniDots(Dots):
     """vpdpbusd: unsigned weights x signed activations, four products into i32."""
 
@@ -133,7 +177,13 @@ class VnniDots(Dots):
         b = self.b
         for i, address in enumerate(x):
             quad, total = b.bitcast(self._x(address, j), w.type), self.sums[i]
-            self.sums[i] = _by_register(b, "llvm.x86.avx512.vpdpbusd.{bits}", total.type, total, w, quad)
+            self.sums[i] = emit_dot(b, total, w, quad)
+
+    def cross(self, p: int, u: ir.Value, s: ir.Value, x: list[ir.Value]) -> None:
+        b = self.b
+        for i, address in enumerate(x):
+            low, high = (b.bitcast(self._x(address, j), u.type) for j in (p, p + 4))
+            self.sums[i] = emit_dot(b, self.sums[i], b.add(u, high), b.add(s, low))
 
 
 class MaddubsDots(Dots):
@@ -230,7 +280,7 @@ class SdotDots(Dots):
     def _quad(self, address: ir.Value, j: int) -> ir.Value:
         """Quad j of a token's activations, four times; LLVM loads each register once."""
         four = load(self.b, at(self.b, address, 16 * (j // 4)), V4I32)
-        return self.b.bitcast(_shuffle(self.b, four, four, [j % 4] * 4), V16I8)
+        return self.b.bitcast(shuffle(self.b, four, four, [j % 4] * 4), V16I8)
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         sdot = declare(self.b, "llvm.aarch64.neon.sdot.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
@@ -257,7 +307,7 @@ class SmmlaDots(SdotDots):
         self.sums = []  # of two tokens and four rows: [row][token] of the first two rows, of the others
         for pair in self.tokens:
             registers = [*zip(*(self.parts[i] for i in pair), strict=True)]
-            self.sums.append([[_shuffle(b, *r, rows) for r in registers] for rows in ((0, 4, 1, 5), (2, 6, 3, 7))])
+            self.sums.append([[shuffle(b, *r, rows) for r in registers] for rows in ((0, 4, 1, 5), (2, 6, 3, 7))])
 
     def add(self, j: int, w: ir.Value, x: list[ir.Value]) -> None:
         b, smmla = self.b, declare(self.b, "llvm.aarch64.neon.smmla.v4i32.v16i8", V4I32, [V4I32, V16I8, V16I8])
@@ -266,16 +316,16 @@ class SmmlaDots(SdotDots):
             self.even = quads
             return
         pairs = [*zip(self.even, quads, strict=True)]
-        rows = [[b.bitcast(_shuffle(b, *pair, z), V16I8) for pair in pairs] for z in ((0, 4, 1, 5), (2, 6, 3, 7))]
+        rows = [[b.bitcast(shuffle(b, *pair, z), V16I8) for pair in pairs] for z in ((0, 4, 1, 5), (2, 6, 3, 7))]
         for tokens, sums in zip(self.tokens, self.sums, strict=True):
             first, second = (load(b, at(b, x[i], 16 * (j // 4)), V2I64) for i in tokens)
-            both = b.bitcast(_shuffle(b, first, second, (j // 2 % 2, 2 + j // 2 % 2)), V16I8)
+            both = b.bitcast(shuffle(b, first, second, (j // 2 % 2, 2 + j // 2 % 2)), V16I8)
             for half, parts in enumerate(rows):
                 sums[half] = [b.call(smmla, [s, w, both]) for s, w in zip(sums[half], parts, strict=True)]
 
     def total(self, i: int) -> ir.Value:
         of_token = (0, 2, 4, 6) if i % 2 == 0 else (1, 3, 5, 7)
-        return join(self.b, [_shuffle(self.b, *pair, of_token) for pair in zip(*self.sums[i // 2], strict=True)])
+        return join(self.b, [shuffle(self.b, *pair, of_token) for pair in zip(*self.sums[i // 2], strict=True)])
 
 
 class SmullDots(SdotDots):

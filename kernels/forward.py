@@ -35,7 +35,21 @@ from collections.abc import Callable
 from typing import Any
 
 from .attention import make_attention, merge_spans, segment_of
-from .block import ATTENTION_SCRATCH, HEAD_DIM, LAYER, LINE, MOST_RANK, PHASES, TAIL_BYTES, A, B, S, W
+from .block import (
+    ATTENTION_SCRATCH,
+    HEAD_DIM,
+    LAYER,
+    LINE,
+    MOST_RANK,
+    PHASES,
+    STRETCHES,
+    TAIL_BYTES,
+    A,
+    B,
+    S,
+    W,
+    unpack_bytes,
+)
 from .jit import kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
@@ -46,6 +60,7 @@ from .team import claim, done, wait
 call_matmul = call_word(void, MATMUL.args)
 call_row = call_word(void, ROW.args)
 bytes_of_record = kernel(record_bytes)
+bytes_unpacked = kernel(unpack_bytes)
 
 
 @kernel
@@ -55,7 +70,6 @@ def unpacked_of(block, row):  # type: ignore[no-untyped-def]
 
 
 PASS = void(i64, i64)
-STRETCHES = 5  # most of them: claim counters of a layer up to its keys and values
 
 
 @kernel
@@ -91,7 +105,7 @@ def prepare(block, x, k, t, modes, row):  # type: ignore[no-untyped-def]
 def narrowed(block, a, row):  # type: ignore[no-untyped-def]
     """Where u of an adapter lies: that of a single token in each thread's scratch."""
     if get_i64(block + B.n) == 1:
-        return unpacked_of(block, row) + 64 * get_i64(block + B.max_k) + 4 * MOST_RANK * get_i64(a + A.place)
+        return unpacked_of(block, row) + bytes_unpacked(get_i64(block + B.max_k)) + 4 * MOST_RANK * get_i64(a + A.place)
     return get_i64(a + A.u) + 4 * 32 * get_i64(a + A.blocks) * get_i64(block + B.behind)
 
 

@@ -9,8 +9,9 @@ bytes, or of 96 with two terms:
     [32 x i8 q]                  x = d q                              one term
     [32 x i8 q1][32 x i8 q2]     x = d q,  q = 256 q1 + q2            two terms
     [32 x i16 q]                 of four k the first, third, second and fourth: two terms of a tier with `pairs`
-    then                         f32 d  f32 d*sum  -8*sum  -16*sum  -128*sum  -32*lo  -32*hi  unused     sums are i32
+    then                         f32 d  f32 d*sum  -8*sum  -16*sum  -128*sum  -32*lo  -32*hi  crossed    sums are i32
     sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the dot product exactly
+    crossed: of one term, -8*sum, and minus what crossed quads of weights 0 add (unpack.py)
     tile of S tokens: [block][token], S = T but for the last tile
 
     f32 mode: tile of S tokens: [k][token] f32
@@ -32,13 +33,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .dots import V64I8, dots_of, join, look_up
+from .block import SPREAD_BLOCKS, SPREAD_TOKENS
+from .dots import V64I8, dots_of, join
 from .jit import TIER, kernel
 from .panels import BLOCK, PANELS, ROWS, Panel
 from .simd import (
     F32,
-    I8,
-    I16,
     I32,
     I64,
     V16F32,
@@ -47,7 +47,6 @@ from .simd import (
     broadcast_f32,
     const,
     emit_fma,
-    emit_half_to_f32,
     emit_hidden,
     emit_load_as_f32,
     emit_prefetch,
@@ -62,157 +61,39 @@ from .simd import (
     word,
 )
 from .target import record_bytes, token_tile
+from .unpack import Record, Spread, SpreadRecord, each_block, make_spread, make_unpack
 
 i64 = types.int64
 
-D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32 = range(0, 28, 4)  # byte offsets behind the integers of a record
+D, DSUM, SUM8, SUM16, SUM128, LOW32, HIGH32, CROSSED = range(0, 32, 4)  # byte offsets behind the integers of a record
 HALVES = (LOW32, HIGH32)
 # A tile of few tokens reads its weights from memory, too slowly for the hardware to look far enough ahead: it is told
 FEW, AHEAD = range(TIER.ahead[0], 9), TIER.ahead[1]
+LINES = 2  # that a tile of spread weights asks for with each of its blocks
 TOGETHER = 4  # tokens whose two terms are summed at the same time where there are 16 registers or more
 FLOAT_STEP = 2  # k of one round of the f32 tile; with more LLVM keeps the weights of all of them on the stack
 Sums = list[list[ir.Value]]  # addresses of f32 sums, of each token by parts of the rows
 MATMUL = void(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)  # w, nb, g0, g1, x, n, y, y_stride, add, scratch
 
 
-# ---- unpacking: panel bytes -> quads and scales ----------------------------------------------------------------------
-
-
-class Record:
-    """Rows of one block of 16 rows inside IR, or of several row groups: where their planes and scales are.
-
-    record: address of the record; within: number of the block in it; apart: bytes from row group to row group.
-    """
-
-    def __init__(
-        self, b: ir.IRBuilder, panel: Panel, record: ir.Value, within: ir.Value, apart: ir.Value, first: int = 0,
-        rows: int = ROWS,
-    ) -> None:  # fmt: skip
-        self.b, self.panel, self.apart, self.first, self.rows = b, panel, apart, first, rows
-        self.bytes, self.pairs = ir.VectorType(I8, 4 * rows), ir.VectorType(I16, 2 * rows)
-        self.halves, self.eights, self.floats = (ir.VectorType(t, rows) for t in (I16, I8, F32))
-        self.scales, self.within = record, within
-        self.planes = b.add(at(b, record, panel.scale_bytes), b.mul(within, ir.Constant(I64, panel.block_bytes)))
-        self.loaded: dict[int, ir.Value] = {}
-        self.known: dict[int, tuple[ir.Value, ir.Value | None]] = {}  # scales by group
-
-    def read(self) -> None:
-        """Load it here, upwards: the hardware fetches a stream ahead as long as it is read in order."""
-        for group in range(BLOCK // self.panel.group):
-            self.scale(group)
-        for offset in range(0, self.panel.block_bytes, 64):
-            self._vector(offset)
-
-    def forget(self) -> None:
-        """Load the planes again from here on."""
-        self.planes = emit_hidden(self.b, self.planes)
-        self.loaded.clear()
-
-    def _vector(self, offset: int) -> ir.Value:
-        if offset not in self.loaded:
-            self.loaded[offset] = self._load(at(self.b, self.planes, offset + 4 * self.first), self.bytes)
-        return self.loaded[offset]
-
-    def _load(self, address: ir.Value, kind: ir.VectorType) -> ir.Value:
-        """What lies at an address of the first row group, and there of the others, side by side."""
-        b, groups = self.b, max(self.rows // ROWS, 1)
-        part = ir.VectorType(kind.element, kind.count // groups)
-        return join(b, [load(b, b.add(address, b.mul(self.apart, ir.Constant(I64, i))), part) for i in range(groups)])
-
-    def _field(self, vector: ir.Value, first: int, bits: int, target: int) -> ir.Value:
-        """Bits [first, first + bits) of every byte, moved to bit `target`; the others are 0."""
-        b = self.b
-        # x86 has no byte shift: shift pairs, the mask cuts what came from the neighbour
-        lanes = self.pairs if TIER.x86 else self.bytes
-        if first != target:
-            shift = b.lshr if first > target else b.shl
-            vector = b.bitcast(shift(b.bitcast(vector, lanes), const(lanes, abs(first - target))), self.bytes)
-        return b.and_(vector, const(self.bytes, ((1 << bits) - 1) << target))
-
-    def quad(self, j: int, unsigned: bool = False) -> ir.Value:
-        """Weights of quad j, rows x 4 k of i8: u where it has fewer than 8 bits; else signed, or 128 added."""
-        b, panel, offset, low_bits, value = self.b, self.panel, 0, 0, None
-        for bits in panel.planes:
-            vector = self._vector(offset + 64 * (j % bits))  # a plane of n bits is n vectors
-            part = vector if bits == 8 else self._field(vector, bits * (j // bits), bits, low_bits)
-            value = part if value is None else b.or_(value, part)
-            offset, low_bits = offset + 64 * bits, low_bits + bits
-        if panel.codebook:
-            return look_up(b, [level + 128 * unsigned for level in panel.codebook], value)
-        return b.xor(value, const(self.bytes, 0x80)) if panel.bits == 8 and unsigned else value
-
-    def _f16(self, offset: int) -> ir.Value:
-        """The rows' f16 scales at an offset."""
-        return emit_half_to_f32(self.b, self._load(at(self.b, self.scales, offset + 2 * self.first), self.halves))
-
-    def _i8(self, index: ir.Value) -> ir.Value:
-        """The rows' sub-scales of a number."""
-        offset = self.b.mul(index, ir.Constant(I64, ROWS))
-        return self._load(at(self.b, self.b.add(self.scales, offset), self.first), self.eights)
-
-    def scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
-        """(S, M) of scale group 0 or 1 of the block, f32 of each row; M is None without minimum."""
-        if group not in self.known:
-            self.known[group] = self._scale(group)
-        return self.known[group]
-
-    def _scale(self, group: int) -> tuple[ir.Value, ir.Value | None]:
-        b, panel, floats = self.b, self.panel, self.floats
-        if panel.scales == "d":
-            return self._f16(0), None
-        if panel.scales == "dm":
-            return self._f16(0), self._f16(2 * ROWS)
-        if panel.scales == "dz":
-            d, z = self._f16(0), self._load(at(b, self.scales, 2 * ROWS + self.first), self.eights)
-            return d, b.fneg(b.fmul(d, b.uitofp(z, floats)))
-        per_block = BLOCK // panel.group
-        subs = panel.blocks * per_block
-        if panel.scales == "dm_sub":
-            parts = []
-            for i in range(2):
-                sub = self._i8(b.add(self.within, ir.Constant(I64, i * subs)))
-                parts.append(b.fmul(self._f16((2 * subs + 2 * i) * ROWS), b.uitofp(sub, floats)))
-            return parts[0], b.fneg(parts[1])
-        sub = self._i8(b.add(b.mul(self.within, ir.Constant(I64, per_block)), ir.Constant(I64, group)))
-        d = self._f16(subs * ROWS)
-        if panel.scales == "dm_sub4":
-            dmin = self._f16((subs + 2) * ROWS)
-            nibbles = b.and_(sub, const(self.eights, 15)), b.lshr(sub, const(self.eights, 4))
-            scale, low = (b.fmul(f, b.uitofp(n, floats)) for f, n in zip((d, dmin), nibbles, strict=True))
-            return scale, b.fneg(low)
-        return b.fmul(d, b.sitofp(sub, floats)), None
-
-
-def _each_block(
-    b: ir.IRBuilder, panel: Panel, w: ir.Value, nb: ir.Value,
-    body: Callable[[ir.Value, ir.Value, ir.Value], None], unrolled: bool = False,
-) -> None:  # fmt: skip
-    """body(address of a record, number of a block in it, number of the block in the row group), k upwards."""
-    blocks = ir.Constant(I64, panel.blocks)
-    with cgutils.for_range(b, b.sdiv(nb, blocks), intp=I64) as outer:
-        record = b.add(w, b.mul(outer.index, ir.Constant(I64, panel.record_bytes)))
-        first = b.mul(outer.index, blocks)
-        if unrolled or panel.blocks == 1:
-            for i in range(panel.blocks):
-                body(record, ir.Constant(I64, i), b.add(first, ir.Constant(I64, i)))
-        else:
-            with cgutils.for_range(b, blocks, intp=I64) as inner:
-                body(record, inner.index, b.add(first, inner.index))
-
-
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def _start(b: ir.IRBuilder, panel: Panel, group: int, fields: ir.Value, rows: int) -> ir.Value:
+def _start(b: ir.IRBuilder, record: Record, group: int, fields: ir.Value) -> ir.Value:
     """What the sum of a scale group starts from, i32 of each row: -zero times the sum of the record's integers."""
-    ints = ir.VectorType(I32, rows)
+    panel, ints = record.panel, ir.VectorType(I32, record.rows)
+    if record.crossed:
+        total = load(b, at(b, fields, CROSSED), I32)
+        if panel.zero == 0:
+            total = b.sub(total, load(b, at(b, fields, SUM8), I32))
+        return b.add(splat(b, total, record.rows), record.crossing())
     if panel.zero == 0 or (panel.bits == 8 and not dots_of(1).unsigned):
         return const(ints, 0)
     if panel.group == 32:
         offset, shift = {8: SUM8, 16: SUM16, 128: SUM128}[panel.zero], 0
     else:
         offset, shift = HALVES[group], {32: 0, 4: 3}[panel.zero]
-    total = splat(b, load(b, at(b, fields, offset), I32), rows)
+    total = splat(b, load(b, at(b, fields, offset), I32), record.rows)
     return b.ashr(total, const(ints, shift)) if shift else total  # exact: a multiple of 32
 
 
@@ -225,8 +106,18 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
     order = range(group * quads, (group + 1) * quads)
 
     def starts() -> list[ir.Value]:
-        return [_start(b, panel, group, at(b, token, BLOCK * terms), rows) for token in x]
+        return [_start(b, record, group, at(b, token, BLOCK * terms)) for token in x]
 
+    if record.crossed:
+        sums = dots(b, panel, starts())
+        for p in range(4):
+            pair = record.quad(p, dots.unsigned), record.quad(p + 4, dots.unsigned)
+            if p < record.crossed:
+                sums.cross(p, *pair, x)
+            else:
+                for i, quad in enumerate(pair):
+                    sums.add(p + 4 * i, quad, x)
+        return [sums.total(t) for t in range(len(x))]
     if not TIER.x86 or len(x) <= TOGETHER:  # both terms at once: sums that do not wait for each other
         # AArch64 has few registers: weights stay in none for long
         many = TIER.x86 or panel.group == 16 or len(x) * terms > 2
@@ -249,38 +140,42 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
             totals = [b.add(s, start) for s, start in zip(totals, starts(), strict=True)]
         sums = dots(b, panel, totals)
         for j in order:
-            if rows > ROWS and j == BLOCK // 8:  # LLVM would put sums on the stack to keep the planes
+            if rows > ROWS and j % (BLOCK // 8) == 0:  # LLVM would put sums on the stack to keep the planes
                 record.forget()
             sums.add(j, record.quad(j, dots.unsigned), [at(b, token, BLOCK * term) for token in x])
         totals = [sums.total(t) for t in range(len(x))]
     return totals
 
 
-def _int8_block(
-    b: ir.IRBuilder, panel: Panel, terms: int, w: ir.Value, within: ir.Value, apart: ir.Value, x: ir.Value, acc: Sums
+def _fetch_ahead(
+    b: ir.IRBuilder, panel: Panel, w: ir.Value, within: ir.Value, apart: ir.Value, tokens: int, groups: int
 ) -> None:
-    """acc[t][i] += dot product of a block of the record at w with token t, part i of the rows.
+    """Ask for what comes after a block of the record at w."""
+    share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
+    place, coming = b.add(w, b.mul(within, ir.Constant(I64, share))), []
+    if tokens > 8:  # the next row groups, which a full tile has time to fetch
+        coming = [b.add(place, b.mul(apart, ir.Constant(I64, groups + i))) for i in range(groups)]
+    elif tokens in FEW:
+        coming = [at(b, place, AHEAD)]
+    for start in coming:
+        for line in range(0, share, 64):
+            emit_prefetch(b, at(b, start, line))
 
-    apart: bytes from row group to row group; x: address of the first token's record.
+
+def _int8_block(b: ir.IRBuilder, record_of: Callable[[int, int], Record], terms: int, x: ir.Value, acc: Sums) -> None:
+    """acc[t][i] += dot product of a block with token t, part i of the rows.
+
+    record_of: its record from the first row on, of so many; x: address of the first token's record.
     """
     rows = acc[0][0].type.pointee.count
     for part in range(len(acc[0])):
         # hidden, LLVM does not keep an address in a register for each block of a record that it has unrolled
         first = emit_hidden(b, x) if part or (terms == 2 and len(acc) == 1) else x
         records = [at(b, first, record_bytes(terms) * t) for t in range(len(acc))]
-        record = Record(b, panel, w, within, apart, part * rows, rows)
+        record = record_of(part * rows, rows)
+        panel = record.panel
         if len(acc) <= 2 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
             record.read()
-        share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
-        place, coming = b.add(w, b.mul(within, ir.Constant(I64, share))), []
-        if rows > ROWS or len(acc) > 8:  # the next row groups, which a full tile has time to fetch
-            groups = rows // ROWS
-            coming = [b.add(place, b.mul(apart, ir.Constant(I64, groups + i))) for i in range(groups)]
-        elif len(acc) in FEW:
-            coming = [at(b, place, AHEAD)]
-        for start in coming:
-            for line in range(0, share, 64):
-                emit_prefetch(b, at(b, start, line))
         for group in range(BLOCK // panel.group):
             sums = _sums(b, record, group, terms, records)
             scale, minimum = record.scale(group)
@@ -298,26 +193,49 @@ def _int8_block(
                 b.store(total, a)
 
 
+def _zeros(b: ir.IRBuilder, count: int, tokens: int, parts: int, lanes: ir.VectorType) -> list[Sums]:
+    """So many chains of sums, all 0."""
+    chains = [[[cgutils.alloca_once(b, lanes) for _ in range(parts)] for _ in range(tokens)] for _ in range(count)]
+    for a in itertools.chain(*itertools.chain(*chains)):
+        b.store(const(lanes, 0.0), a)
+    return chains
+
+
+def _write(b: ir.IRBuilder, chains: list[Sums], y: ir.Value, y_stride: ir.Value, add: ir.Value) -> None:
+    """y (+)= the sums of all chains."""
+    outs = [b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t))) for t in range(len(chains[0]))]
+    totals = []
+    for sums in zip(*chains, strict=True):
+        totals.append(functools.reduce(b.fadd, (join(b, [b.load(a) for a in chain]) for chain in sums)))
+    with b.if_else(b.icmp_signed("!=", add, ir.Constant(I64, 0))) as (then, otherwise):
+        with then:
+            for out, total in zip(outs, totals, strict=True):
+                store(b, out, b.fadd(total, load(b, out, total.type)))
+        with otherwise:
+            for out, total in zip(outs, totals, strict=True):
+                store(b, out, b.fadd(total, const(total.type, 0.0)))
+
+
 def _emit_tile(
     b: ir.IRBuilder, panel: Panel, terms: int, tokens: int, groups: int,
     w: ir.Value, nb: ir.Value, x: ir.Value, slots: ir.Value, y: ir.Value, y_stride: ir.Value, add: ir.Value,
 ) -> None:  # fmt: skip
     """`tokens` columns of y times `groups` row groups. terms as in make_matmul; 0 needs a float panel."""
     rows = dots_of(tokens, terms).rows(tokens * terms) if terms and groups == 1 else ROWS * groups
-    lanes, parts = ir.VectorType(F32, rows), range(max(ROWS // rows, 1))
-    count = 1 if terms else 2
-    chains: list[Sums] = [[[cgutils.alloca_once(b, lanes) for _ in parts] for _ in range(tokens)] for _ in range(count)]
-    for a in itertools.chain(*itertools.chain(*chains)):
-        b.store(const(lanes, 0.0), a)
+    chains = _zeros(b, 1 if terms else 2, tokens, max(ROWS // rows, 1), ir.VectorType(F32, rows))
     if terms:
         step = b.mul(slots, ir.Constant(I64, record_bytes(terms)))
         apart = b.mul(b.sdiv(nb, ir.Constant(I64, panel.blocks)), ir.Constant(I64, panel.record_bytes))
 
         def accumulate(record: ir.Value, within: ir.Value, block: ir.Value) -> None:
-            _int8_block(b, panel, terms, record, within, apart, b.add(x, b.mul(block, step)), chains[0])
+            _fetch_ahead(b, panel, record, within, apart, tokens, groups)
+            _int8_block(
+                b, lambda first, rows: Record(b, panel, record, within, apart, first, rows), terms,
+                b.add(x, b.mul(block, step)), chains[0],
+            )  # fmt: skip
 
         # a single token: what the blocks of a record share is then loaded and converted once
-        _each_block(b, panel, w, nb, accumulate, unrolled=tokens == 1)
+        each_block(b, panel, w, nb, accumulate, unrolled=tokens == 1)
     else:
         size, step = panel.record_bytes // BLOCK, b.mul(slots, ir.Constant(I64, 4))
         with cgutils.for_range(b, b.mul(nb, ir.Constant(I64, BLOCK // FLOAT_STEP)), intp=I64) as loop:
@@ -331,17 +249,38 @@ def _emit_tile(
                 for t, (a,) in enumerate(chains[kk % 2]):
                     x_k = broadcast_f32(b, at(b, row, 4 * t))
                     b.store(emit_fma(b, weights, x_k, b.load(a), fine=panel.name != "F16"), a)
-    outs = [b.add(y, b.mul(y_stride, ir.Constant(I64, 4 * t))) for t in range(tokens)]
-    totals = []
-    for sums in zip(*chains, strict=True):
-        totals.append(functools.reduce(b.fadd, (join(b, [b.load(a) for a in chain]) for chain in sums)))
-    with b.if_else(b.icmp_signed("!=", add, ir.Constant(I64, 0))) as (then, otherwise):
+    _write(b, chains, y, y_stride, add)
+
+
+def _emit_spread_tile(
+    b: ir.IRBuilder, spread: Spread, tokens: int,
+    w: ir.Value, nb: ir.Value, x: ir.Value, slots: ir.Value, y: ir.Value, y_stride: ir.Value, add: ir.Value,
+    sums: ir.Value, begun: ir.Value, more: ir.Value, coming: ir.Value,
+) -> None:  # fmt: skip
+    """`tokens` columns of y times the row groups that lie spread at w, for nb of their blocks.
+
+    sums: f32 (tokens, 16 TIER.abreast), taken from there if `begun`, left there instead of in y if there are `more`
+    blocks to come; coming: address of what is read soon, LINES lines of it for each block.
+    """
+    rows, zero = ROWS * TIER.abreast, ir.Constant(I64, 0)
+    chains = _zeros(b, 1, tokens, 1, ir.VectorType(F32, rows))
+    places = [(a, at(b, sums, 4 * rows * t)) for t, (a,) in enumerate(chains[0])]
+    with b.if_then(b.icmp_signed("!=", begun, zero)):
+        for a, place in places:
+            b.store(load(b, place, a.type.pointee), a)
+    with cgutils.for_range(b, nb, intp=I64) as loop:
+        line = b.add(coming, b.mul(loop.index, ir.Constant(I64, 64 * LINES)))
+        for i in range(LINES):
+            emit_prefetch(b, at(b, line, 64 * i), level=2)
+        record = b.add(w, b.mul(loop.index, ir.Constant(I64, TIER.abreast * spread.record_bytes)))
+        block = b.add(x, b.mul(loop.index, b.mul(slots, ir.Constant(I64, record_bytes(spread.terms)))))
+        _int8_block(b, lambda _, rows: SpreadRecord(b, spread, record, rows), spread.terms, block, chains[0])
+    with b.if_else(b.icmp_signed("!=", more, zero)) as (then, otherwise):
         with then:
-            for out, total in zip(outs, totals, strict=True):
-                store(b, out, b.fadd(total, load(b, out, total.type)))
+            for a, place in places:
+                store(b, place, b.load(a))
         with otherwise:
-            for out, total in zip(outs, totals, strict=True):
-                store(b, out, b.fadd(total, const(total.type, 0.0)))
+            _write(b, chains, y, y_stride, add)
 
 
 def make_tile(panel: Panel, terms: int, sizes: Mapping[int, int]) -> Any:
@@ -371,72 +310,82 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
         return _make_unpacked_matmul(name)
     full = token_tile(TIER, terms)
     size = record_bytes(terms) if terms else 4  # bytes from token to token
-    # with sub-scales and minima there is too much to unpack for the six tokens that two row groups leave room for
-    groups = TIER.abreast if terms and panel.scales not in ("dm_sub", "dm_sub4") else 1
-    tile = make_tile(panel, terms, tile_sizes(full, groups))
-    return tiled(tile, full, groups, panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
+    spread = terms > 0 and TIER.abreast > 1
+    sizes = (1, 2, 4, 8) if spread else tile_sizes(full)
+    tile = make_tile(panel, terms, dict.fromkeys(sizes, 1))
+    packed = tiled(tile, full, sizes[-1], panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
+    return _make_spread_matmul(panel, terms, packed) if spread else packed
 
 
-def tile_sizes(full: int, groups: int) -> dict[int, int]:
-    """Tokens of the tiles that `tiled` takes, and their row groups."""
-    return {t: 1 for t in (1, 2, 4, 8) if t < full} | {full // groups: groups}
+def tile_sizes(full: int) -> tuple[int, ...]:
+    """Tokens of the tiles that `tiled` takes, one row group each."""
+    return (*(t for t in (1, 2, 4, 8) if t < full), full)
 
 
-def tiled(tile: Any, full: int, groups: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
-    """matmul(...) of tiles of up to `full` tokens; of so many, as many tiles of `groups` row groups. Bytes:
-    group_record of a block of a row group, slot from token to token of a tile, token_block of a token's block.
+def tiled(tile: Any, full: int, most: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
+    """matmul(...) of tiles of so many tokens as `tile_sizes` says; most: of the largest there is. Bytes: group_record
+    of a block of a row group, slot from token to token of a tile of `full`, token_block of a token's block.
     """
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
         for t0 in range(0, n, full):
             slots, first = min(full, n - t0), x + t0 * nb * token_block
-            g = g0
-            while g < g1:
-                whole = slots == full and g + groups <= g1
+            for g in range(g0, g1):
                 j = 0
                 while j < slots:
-                    tokens = full // groups
-                    if not whole:
-                        tokens = 8
-                        while tokens > slots - j:
-                            tokens //= 2
+                    tokens = most if slots == full else 8
+                    while tokens > slots - j:
+                        tokens //= 2
                     out = y + ((t0 + j) * y_stride + g * ROWS) * 4
                     tile(tokens, w + g * nb * group_record, nb, first + j * slot, slots, out, y_stride, add)
                     j += tokens
-                g += groups if whole else 1
 
     return matmul
 
 
-def make_unpack(name: str) -> Any:
-    """Intrinsic unpack(w, nb, out): one row group as f32 (32 nb, 16), the float panel of the same weights."""
-    panel = PANELS[name]
+def _make_spread_matmul(panel: Panel, terms: int, packed: Callable[..., None]) -> Callable[..., None]:
+    """matmul(...) that spreads TIER.abreast row groups at a time for all whole tiles of tokens; packed: for the rest.
 
-    def emit(b: ir.IRBuilder, w: Any, nb: Any, out: Any) -> None:
-        def unpack(start: ir.Value, within: ir.Value, block: ir.Value) -> None:
-            base = b.add(out, b.mul(block, ir.Constant(I64, BLOCK * ROWS * 4)))
-            if panel.is_float:
-                for kk in range(BLOCK):
-                    value = emit_load_as_f32(b, at(b, start, panel.record_bytes // BLOCK * kk), panel.name)
-                    store(b, at(b, base, kk * ROWS * 4), value)
-                return
-            record = Record(b, panel, start, within, ir.Constant(I64, 0))
-            signed = panel.bits == 8
-            for j in range(BLOCK // 4):
-                scale, minimum = record.scale(4 * j // panel.group)
-                quads = b.bitcast(record.quad(j), V16I32)
-                for i in range(4):
-                    top = b.shl(quads, const(V16I32, 24 - 8 * i))
-                    u = b.ashr(top, const(V16I32, 24)) if signed else b.lshr(top, const(V16I32, 24))
-                    value = b.sitofp(b.sub(u, const(V16I32, 0 if signed else panel.zero)), V16F32)
-                    value = b.fmul(value, scale)
-                    if minimum is not None:
-                        value = b.fadd(value, minimum)
-                    store(b, at(b, base, (4 * j + i) * ROWS * 4), value)
+    scratch    [record of each row group] of up to SPREAD_BLOCKS blocks     as many as L1 has room for
+               [sums of up to SPREAD_TOKENS tokens]                         until all blocks have passed
+    """
+    full, groups, size, to = token_tile(TIER, terms), TIER.abreast, record_bytes(terms), Spread(panel, terms)
+    tokens, panel_bytes, spread_bytes = full // groups, panel.record_bytes // panel.blocks, groups * to.record_bytes
+    lines, sums_bytes, record = 64 * LINES, 4 * ROWS * groups, to.record_bytes
+    spread, rest = make_spread(to), kernel(packed)
+    tile = word(void, [i64] * 11, lambda b, *arguments: _emit_spread_tile(b, to, tokens, *arguments))
 
-        _each_block(b, panel, w, nb, unpack)
+    @kernel
+    def two(w, nb, g, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
+        """These row groups of y, for n tokens in whole tiles."""
+        parts = (nb + SPREAD_BLOCKS - 1) // SPREAD_BLOCKS
+        sums = scratch + SPREAD_BLOCKS * spread_bytes
+        next_groups = w + groups * nb * panel_bytes
+        coming = next_groups
+        for part in range(parts):
+            first, end = part * nb // parts, (part + 1) * nb // parts
+            for i in range(groups):
+                spread(w + i * nb * panel_bytes, first, end, scratch + i * record)
+            for t in range(0, n, tokens):
+                t0 = t // full * full
+                place = x + (t0 * nb + first * full + t - t0) * size
+                out, more = y + (t * y_stride + g * ROWS) * 4, nb - end
+                tile(scratch, end - first, place, full, out, y_stride, add, sums + t * sums_bytes, first, more, coming)
+                if coming < next_groups + groups * nb * panel_bytes:
+                    coming += (end - first) * lines
 
-    return word(void, [i64] * 3, emit)
+    def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
+        whole = n // full * full
+        last = g1 - (g1 - g0) % groups if whole else g0
+        for t in range(0, whole, SPREAD_TOKENS):
+            count = min(whole - t, SPREAD_TOKENS)
+            for g in range(g0, last, groups):
+                row_group, out = w + g * nb * panel_bytes, y + 4 * t * y_stride
+                two(row_group, nb, g, x + t * nb * size, count, out, y_stride, add, scratch)
+        rest(w, nb, g0, last, x + whole * nb * size, n - whole, y + 4 * whole * y_stride, y_stride, add, scratch)
+        rest(w, nb, last, g1, x, n, y, y_stride, add, scratch)
+
+    return matmul
 
 
 def _make_unpacked_matmul(name: str) -> Callable[..., None]:

@@ -281,14 +281,14 @@ def emit_exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.fmul(p, b.bitcast(b.shl(b.add(b.fptosi(n, ints), const(ints, 127)), const(ints, 23)), kind))
 
 
-def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+def emit_prefetch(b: ir.IRBuilder, address: ir.Value, level: int = TIER.ahead[2]) -> None:
     """Ask for the cache line at an address; it need not exist.
 
     Into L2 but where the tier says otherwise: a Zen 4 core waits for some 24 lines of L1 at a time, at 100 ns a line a
     third of what memory gives.
     """
     function = declare(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    to_read, nearness, data = 0, {1: 3, 2: 2}[TIER.ahead[2]], 1
+    to_read, nearness, data = 0, {1: 3, 2: 2}[level], 1
     b.call(function, [pointer(b, address, I8), *(ir.Constant(I32, v) for v in (to_read, nearness, data))])
 
 
@@ -314,7 +314,6 @@ i64, i32, f32, f64, void = types.int64, types.int32, types.float32, types.float6
 get_i64 = word(i64, [i64], lambda b, p: load(b, p, I64))
 get_f32 = word(f32, [i64], lambda b, p: load(b, p, F32))
 put_i64 = word(void, [i64, i64], store)
-put_i32 = word(void, [i64, i32], store)
 put_f32 = word(void, [i64, f32], store)
 
 vload = word(f32x16, [i64], lambda b, p: load(b, p, V16F32))
@@ -378,17 +377,6 @@ vwhere = word(
     [f32x16, f32x16, f32x16],
     lambda b, top, limit, x: b.select(b.fcmp_ordered(">", top, limit), x, const(V16F32, 0.0)),
 )
-
-
-def _sum_bytes(b: ir.IRBuilder, v: ir.Value) -> ir.Value:
-    """Sum of 16 integers that fit i8: made positive, bytes are what CPUs have a sum of (x86: psadbw)."""
-    signed = b.trunc(v, ir.VectorType(I8, LANES))
-    positive = b.zext(b.xor(signed, const(signed.type, -128)), V16I32)
-    total = b.call(declare(b, "llvm.vector.reduce.add.v16i32", I32, [V16I32]), [positive])
-    return b.sub(total, ir.Constant(I32, 128 * LANES))
-
-
-vsum_i8 = word(i32, [i32x16], _sum_bytes)
 
 
 def stack(floats: int) -> Any:

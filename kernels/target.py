@@ -28,6 +28,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+# int8 activations of one term: with the 16 values of a crossed weight (unpack.py) they are still 256
+LOWEST, HIGHEST = -127, 113
+
 _V2 = "cx16,popcnt,sahf,sse,sse2,sse3,sse4.1,sse4.2,ssse3"
 _V3 = "avx,avx2,bmi,bmi2,cx16,f16c,fma,lzcnt,movbe,popcnt,sahf,sse,sse2,sse3,sse4.1,sse4.2,ssse3,xsave"
 _V4 = _V3 + ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
@@ -52,8 +55,11 @@ class Tier:
             135M Q4_0 with AVX2 1.25 ms a token instead of 1.51. And it asks for all lines of a record at once: Q6_K in
             two terms, one token, reads 39 GB/s in order and 30 reordered on Zen 5.
         abreast: row groups that a full tile of int8 takes side by side, a part of its tokens at a time: one load of an
-            activation then serves them all. tokens / abreast is no power of two. (Zen 5 loads 1.8 times a cycle, not
-            2: 14 tokens of one row group took 5.8 cycles a block and token, 6 of two take 5.4; its pipes allow 5.)
+            activation then serves them all. Where there are two, they are unpacked once for all tiles (unpack.py).
+            (Zen 5 loads 1.8 times a cycle, not 2: 14 tokens of one row group took 5.8 cycles a block and token, 6 of
+            two 5.4; unpacked before 5.1; its pipes allow 5.)
+        crossed: of the four pairs of quads that a block of four-bit weights has, so many are multiplied crosswise
+            (unpack.py).
         ahead: (tokens, bytes, level): a pass of so many tokens, up to 8, asks for its weights so many bytes before it
             needs them, into the cache of that level; to fewer tokens the hardware's own prefetch is better. (One token
             of Q4_K from memory, Zen 4: 29 GB/s, asked for 16; Zen 5: 21, asked for into L2 33, into L1 38.)
@@ -70,6 +76,7 @@ class Tier:
     lacks: tuple[str, ...] = ()
     reorder: bool = True
     abreast: int = 1
+    crossed: int = 0
     ahead: tuple[int, int, int] = (3, 16384, 2)
 
     @property
@@ -114,7 +121,7 @@ TIERS: dict[str, Tier] = {  # best first
     for t in (
         _x86(
             "avx512zen5", "x86-64-v4", _V4 + ",avx512vnni,avx512vp2intersect,avxvnni", "vnni512", True, (14, 12, 12),
-            16, reorder=False, abreast=2, ahead=(1, 8192, 1),
+            16, reorder=False, abreast=2, crossed=3, ahead=(1, 8192, 1),
         ),
         _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 14, 11), 16),
         _x86("avx512", "x86-64-v4", _V4, "maddubs", True, (14, 12, 11), 16),

@@ -15,6 +15,7 @@ import numpy as np
 import naive
 from naive import CASES, FLOATS, QUANTS, TERMS, Case
 from smolrun.kernels import load
+from smolrun.kernels.block import unpack_bytes
 from smolrun.kernels.panels import ROWS, pack
 from smolrun.kernels.target import TIERS, Tier, choose, record_bytes, runnable, token_tile
 
@@ -95,7 +96,8 @@ class Kernels:
         """Activations (tokens, k) as a matmul reads them, tile after tile."""
         terms = TERMS[mode]
         step = token_tile(self.tier, terms)
-        whole = naive.records(x, terms) if terms else x.astype(np.float32)  # (tokens, blocks) or (tokens, k)
+        # (tokens, blocks) or (tokens, k)
+        whole = naive.records(x, terms, self.tier.crossed) if terms else x.astype(np.float32)
         whole = naive.paired(whole) if terms == 2 and self.tier.pairs else whole
         parts = [np.ascontiguousarray(whole[i : i + step].swapaxes(0, 1)) for i in range(0, len(x), step)]
         return copied(np.concatenate([p.reshape(-1).view(np.uint8) for p in parts]))
@@ -106,7 +108,7 @@ class Kernels:
         """(run, result): a call over the ranges of row groups given, and y (tokens, rows), a view of what it wrote."""
         w = copied(pack(case.format, raw, len(raw)))
         count, n = w.shape[0], len(x)
-        tiles, scratch = self.tiles(x, case.mode), aligned(64 * case.k)
+        tiles, scratch = self.tiles(x, case.mode), aligned(unpack_bytes(case.k))
         y = aligned(4 * (n * count * ROWS + ROWS), GUARD).view(np.float32)
         function, ranges = self._integers(case.name, 10), [*(groups or ((0, count),))]
 
@@ -179,14 +181,16 @@ class Kernels:
         return out.copy()
 
     def quantise(self, x: np.ndarray, terms: int, slots: int = 1, slot: int = 0) -> np.ndarray:
-        """x (k,) into one slot of a tile of `slots` tokens: RECORD (k / 32, slots), terms apart on any tier; the rest
-        keeps the guard."""
+        """x (k,) into one slot of a tile of `slots` tokens: RECORD (k / 32, slots), terms apart and nothing crossed on
+        any tier; the rest keeps the guard."""
         x, size = copied(x), record_bytes(terms)
         out = aligned(len(x) // 32 * slots * size, GUARD)
         self._integers("quantise", 5)(address(x), len(x), terms, address(out) + slot * size, slots * size)
         records = out.view(naive.RECORD[terms]).reshape(-1, slots).copy()
         if terms == 2 and self.tier.pairs:
             records[:, slot] = naive.unpaired(records[:, slot])
+        if terms == 1:
+            records["crossed"][:, slot] += naive.crossing(records["q"][:, slot, 0], self.tier.crossed)
         return records
 
     def interleave(self, x: np.ndarray, slots: int, slot: int) -> np.ndarray:

@@ -133,7 +133,8 @@ def magnitudes(fmt: str, raw: np.ndarray) -> np.ndarray:
 # ---- activations ---------------------------------------------------------------------------------------------------
 
 TINY = np.float32(1e-30)  # a block of 32 whose largest magnitude is not above it counts as zero
-_SUMS = ("sum8", "sum16", "sum128", "low32", "high32", "unused")
+_SUMS = ("sum8", "sum16", "sum128", "low32", "high32", "crossed")
+LOWEST, HIGHEST = -127, 113  # of one term
 # q1, q2 behind it with two terms, by number of terms
 RECORD = {
     terms: np.dtype([("q", "i1", (terms, 32)), ("d", "f4"), ("dsum", "f4"), *((name, "i4") for name in _SUMS)])
@@ -141,15 +142,26 @@ RECORD = {
 }
 
 
-def records(x: np.ndarray, terms: int) -> np.ndarray:
-    """float32 (tokens, k) -> RECORD (tokens, k / 32): x = d q, d = max|x| / 127, or / 32639 and q = 256 q1 + q2."""
+def records(x: np.ndarray, terms: int, crossed: int = 0) -> np.ndarray:
+    """float32 (tokens, k) -> RECORD (tokens, k / 32): x = d q, q = 256 q1 + q2 in +-32639, or of one
+    term q in -127..113, the largest x at the lower end by the sign of d.
+
+    crossed: pairs of quads that a tier multiplies crosswise.
+    """
     blocks = x.astype(np.float32).reshape(len(x), -1, 32)
     top = np.abs(blocks).max(axis=2)
     live = top > TINY
     safe = np.where(live, top, np.float32(1))
-    levels = np.float32({1: 127, 2: 127 * 256 + 127}[terms])
-    d = np.where(live, safe / levels, np.float32(0))
-    inverse = np.where(live, levels / safe, np.float32(0))[..., None]
+    if terms == 2:
+        levels = np.float32(127 * 256 + 127)
+        d, inverse = safe / levels, levels / safe
+    else:
+        sign = np.where(blocks.max(axis=2) > -blocks.min(axis=2), np.float32(-1), np.float32(1))
+        least = np.minimum(blocks.max(axis=2), -blocks.min(axis=2)).clip(0)
+        d = np.maximum(safe * np.float32(1 / -LOWEST), least * np.float32(1 / HIGHEST)) * sign
+        inverse = np.float32(1) / d
+    d, inverse = (np.where(live, of, np.float32(0)) for of in (d, inverse))
+    inverse = inverse[..., None]
     q = np.rint(blocks * inverse).astype(np.int32)
     out = np.zeros(d.shape, RECORD[terms])
     if terms == 2:
@@ -164,7 +176,14 @@ def records(x: np.ndarray, terms: int) -> np.ndarray:
     for name, factor in (("sum8", -8), ("sum16", -16), ("sum128", -128)):
         out[name] = (low + high) * factor
     out["low32"], out["high32"] = low * -32, high * -32
+    out["crossed"] = -8 * (low + high) - (crossing(q, crossed) if terms == 1 else 0)
     return out
+
+
+def crossing(q: np.ndarray, pairs: int) -> np.ndarray:
+    """What activations q (..., 32) add by themselves where so many pairs of quads are crossed: (..., )."""
+    first, second = q[..., : 4 * pairs].astype(np.int32), q[..., 16 : 16 + 4 * pairs].astype(np.int32)
+    return ((second - LOWEST) * (first - 1) - LOWEST).sum(axis=-1)
 
 
 def paired(r: np.ndarray) -> np.ndarray:

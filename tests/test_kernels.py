@@ -12,6 +12,7 @@ import naive
 from calling import GUARD, Kernels, emitted, tiers_to_test
 from conftest import as_elsewhere, compiled_only
 from naive import BUDGETS, CASES, QUANTS, TERMS, Case
+from smolrun.kernels.block import SPREAD_BLOCKS, SPREAD_TOKENS
 from smolrun.kernels.image import unseal
 from smolrun.kernels.load import image_key
 from smolrun.kernels.panels import PANELS, pack
@@ -78,6 +79,20 @@ def test_tiles_claims_and_additions_do_not_change_bits(case: Case, tiers: list[K
         assert np.array_equal(bits(tier.matmul(case, raw, x, add=before)), bits(y + before))
 
 
+@pytest.mark.parametrize("mode", ("int8", "int8x2"))
+@pytest.mark.parametrize("fmt", QUANTS)
+def test_many_tokens_of_long_rows_are_few_of_them(fmt: str, mode: str, tiers: list[Kernels]) -> None:
+    """More tokens and blocks than sums and spread weights have room for: several rounds, and the same bits."""
+    case = Case(fmt, mode, 40, 1024, SPREAD_TOKENS + 17)
+    assert case.k // 32 > SPREAD_BLOCKS
+    raw, x = naive.blocks(case.format, case.rows, case.k), activations(case)
+    before = np.random.default_rng(2).standard_normal((case.tokens, case.rows)).astype(np.float32)
+    y = same_bits(tiers[:1], lambda t: t.matmul(case, raw, x, add=before))
+    few = [0, 11, 12, 251, SPREAD_TOKENS - 1, SPREAD_TOKENS, case.tokens - 1]
+    alone = same_bits(tiers, lambda t: np.concatenate([t.matmul(case, raw, x[i : i + 1]) for i in few]))
+    assert np.array_equal(bits(y[few]), bits(alone + before[few]))
+
+
 def rounded(exact: Fraction) -> np.float32:
     """The nearest float32, ties to even: an integer number of the unit that float32 has at this size."""
     unit = Fraction(2) ** max(math.frexp(float(exact))[1] - 24, -149)
@@ -138,7 +153,7 @@ def extreme_activations(k: int) -> np.ndarray:
     rows = [
         np.zeros(k),
         -np.zeros(k),
-        np.ones(k),  # every q is 127
+        np.ones(k),  # every q is the lowest
         -np.ones(k),
         signs,
         np.full(k, 1e30),
@@ -150,7 +165,8 @@ def extreme_activations(k: int) -> np.ndarray:
         np.full(k, 1e-45),
         np.where(np.arange(k) % 32 == 7, 1e4, normal),  # one outlier a block: all else rounds to small integers
         np.where(np.arange(k) // 32 % 2, 0, normal),
-        (np.arange(k) % 255 - 127) / 2,  # every tie
+        np.where(np.arange(k) % 32 == 0, -127, np.arange(k) % 239 - 126.5),  # every tie
+        (np.arange(k) % 255 - 127) / 2,
         (np.arange(k) % 32 - 16) * (127 / 16) + 0.5,
     ]
     return np.array(rows).astype(np.float32)
@@ -174,7 +190,7 @@ def extreme_weights(fmt: str, rows: int, k: int) -> np.ndarray:
 @pytest.mark.parametrize("fmt", QUANTS)
 @pytest.mark.parametrize("mode", TERMS)
 def test_extremes_neither_saturate_nor_differ(fmt: str, mode: str, tiers: list[Kernels]) -> None:
-    """+-127 against -128 and 63 x 127 sums overflow 16 bits where they can; all of it must be exact."""
+    """The ends of q against -128 and 63 x 127 sums overflow 16 bits where they can; all of it must be exact."""
     x = extreme_activations(512)
     case = Case(fmt, mode, 48, 512, len(x))
     roundings = 8 + (case.k if mode == "f32" else case.k // 8)  # of the longest chain: no case is worse
@@ -195,14 +211,15 @@ def test_quantise_gives_the_records_drawn(terms: int, tiers: list[Kernels]) -> N
         found = same_bits(tiers, lambda t, x=x: t.quantise(x, terms, slots=3, slot=1))
         assert (np.ascontiguousarray(found[:, [0, 2]]).view(np.uint8) == GUARD).all(), "wrote into a neighbour's record"
         expected = naive.records(x[None], terms)[0]
-        for field in set(expected.dtype.names) - {"unused"}:
+        for field in expected.dtype.names:
             assert np.array_equal(found[:, 1][field], expected[field]), field
 
 
 def test_two_terms_hold_sixteen_bits() -> None:
     x = np.random.default_rng(7).standard_normal((8, 1024)).astype(np.float32)
     top = np.abs(x.reshape(8, -1, 32)).max(axis=2, keepdims=True)
-    for terms, parts in ((1, 2 * 127), (2, 2 / 3 * 32639)):  # half a step; or one and a half where q2 was clipped
+    # half a step; or one and a half where q2 was clipped
+    for terms, parts in ((1, 2 * naive.HIGHEST), (2, 2 / 3 * 32639)):
         error = np.abs(naive.seen(x, terms) - x).reshape(8, -1, 32)
         assert (error <= top / parts * 1.001).all()
 

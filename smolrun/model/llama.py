@@ -106,7 +106,7 @@ class Llama:
         quantize: str | None = None,
         kv: str = "f16",
         precision: str = "fast",
-        chunk: int = memory.CHUNK,
+        chunk: int | None = None,
         team: Team | None = None,
         force: bool = False,
         progress: Callable[[str, int, int], object] | None = None,
@@ -119,7 +119,8 @@ class Llama:
         ours = machine.HERE.threads()
         self.threads = team.threads if team is not None else ours.count if threads is None else threads
         memory.check_options(c, context, self.threads)
-        self.chunk, self.segments, self.precision, self.kv = chunk, memory.SEGMENTS, precision, kv
+        self.chunk = memory.chunk_of(self.threads) if chunk is None else chunk
+        self.segments, self.precision, self.kv = memory.SEGMENTS, precision, kv
         matrices, terms = plan(checkpoint, quantize), terms_of(precision)
         weights = sum(m.bytes for m in matrices.values())
         self.context = memory.default_context(c, weights, kv) if context is None else context
@@ -143,7 +144,7 @@ class Llama:
         self.cache = KVCache(memory.page_bytes(c, kv), self.context)
         self._theta = c.rope_theta
         self._rope_filled = 0
-        sizes = memory.buffer_sizes(c, chunk=chunk, threads=self.threads, context=self.context)
+        sizes = memory.buffer_sizes(c, chunk=self.chunk, threads=self.threads, context=self.context)
         self._width = ROWS * int(self.weights.tables.head[2])  # floats of a row of logits
         self._span_bytes = 4 * c.n_heads * PART
         self._arena = memory.Arena(sizes, huge=False)  # most of it is for long prompts

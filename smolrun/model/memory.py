@@ -2,7 +2,7 @@
 
     weights     panels of every matrix, touched whole by every token
     kv          pages of 64 positions, zero until a sequence reaches them
-    scratch     buffers of a pass of CHUNK positions, and the threads'
+    scratch     buffers of a pass of a chunk of positions, and the threads'
     process     Python, NumPy, the tokenizer's tables, the kernels' code
 
 *What counts.* The peak of resident memory (VmHWM), which is what a full device kills by. Weights count in full even
@@ -27,7 +27,19 @@ from numpy.typing import NDArray
 
 from smolrun.config import ModelConfig
 from smolrun.errors import OptionError, OutOfMemory, SmolrunError
-from smolrun.kernels.block import HEAD_DIM, KV_BYTES, LINE, MAX_THREADS, PAGE, PART, PHASES, SPAN, S, scratch_bytes
+from smolrun.kernels.block import (
+    HEAD_DIM,
+    KV_BYTES,
+    LINE,
+    MAX_THREADS,
+    PAGE,
+    PART,
+    PHASES,
+    SPAN,
+    STRETCHES,
+    S,
+    scratch_bytes,
+)
 from smolrun.kernels.panels import BLOCK, PANELS, ROWS
 from smolrun.kernels.target import record_bytes
 from smolrun.model import machine
@@ -91,6 +103,11 @@ def page_bytes(config: ModelConfig, kv: str) -> int:
     return int(config.n_layers * config.n_kv_heads * sum(head_bytes(kv)))
 
 
+def chunk_of(threads: int) -> int:
+    """Positions of one prefill pass: twice as many for threads that take a stretch of them each (forward.py)."""
+    return 2 * CHUNK if 1 < threads <= STRETCHES else CHUNK
+
+
 def buffer_sizes(
     config: ModelConfig, *, chunk: int, threads: int, context: int, segments: int = SEGMENTS
 ) -> dict[str, int]:
@@ -136,7 +153,7 @@ def estimate(
     """
     weights = sum(panel_bytes(name, rows, cols) for name, rows, cols in tensors)
     used = context if filled is None else min(filled, context)
-    sizes = buffer_sizes(config, chunk=CHUNK, threads=threads, context=context)
+    sizes = buffer_sizes(config, chunk=chunk_of(threads), threads=threads, context=context)
     one = sizes | {"parts": sizes["parts"] // SEGMENTS}
     return Estimate(weights, -(-used // PAGE) * page_bytes(config, kv), rounded(one), PROCESS)
 
