@@ -18,8 +18,8 @@ bytes, or of 96 with two terms:
 
 Order of every sum, the same for any T, thread and CPU: integers inside a block (exact), then one fma per scale group, k
 upwards; f32 activations: one chain of fma over the even k, one over the odd (a single token waits less for either, and
-reads its weights in one stream), added at the end. T tokens share the load and the unpacking of a quad: weights live in
-registers, activations are broadcast from memory.
+reads its weights in one stream), added at the end. T tokens share the load of a quad: weights live in registers,
+activations are broadcast from memory.
 """
 
 from __future__ import annotations
@@ -310,8 +310,9 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
         return _make_unpacked_matmul(name)
     full = token_tile(TIER, terms)
     size = record_bytes(terms) if terms else 4  # bytes from token to token
-    spread = terms > 0 and TIER.abreast > 1
-    sizes = (1, 2, 4, 8) if spread else tile_sizes(full)
+    # bytes need no unpacking; AArch64 would gain as other tiers of small tiles do, by count: no machine to time it on
+    spread = terms > 0 and TIER.x86 and (panel.planes != (8,) or TIER.abreast > 1)
+    sizes = (1, 2, 4, 8) if spread and TIER.abreast > 1 else tile_sizes(full)
     tile = make_tile(panel, terms, dict.fromkeys(sizes, 1))
     packed = tiled(tile, full, sizes[-1], panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
     return _make_spread_matmul(panel, terms, packed) if spread else packed
@@ -352,6 +353,7 @@ def _make_spread_matmul(panel: Panel, terms: int, packed: Callable[..., None]) -
     full, groups, size, to = token_tile(TIER, terms), TIER.abreast, record_bytes(terms), Spread(panel, terms)
     tokens, panel_bytes, spread_bytes = full // groups, panel.record_bytes // panel.blocks, groups * to.record_bytes
     lines, sums_bytes, record = 64 * LINES, 4 * ROWS * groups, to.record_bytes
+    least = max(2 * full, 12)  # tokens: for fewer, unpacking once costs more than it saves
     spread, rest = make_spread(to), kernel(packed)
     tile = word(void, [i64] * 11, lambda b, *arguments: _emit_spread_tile(b, to, tokens, *arguments))
 
@@ -375,7 +377,7 @@ def _make_spread_matmul(panel: Panel, terms: int, packed: Callable[..., None]) -
                     coming += (end - first) * lines
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
-        whole = n // full * full
+        whole = n // full * full if n >= least else 0
         last = g1 - (g1 - g0) % groups if whole else g0
         for t in range(0, whole, SPREAD_TOKENS):
             count = min(whole - t, SPREAD_TOKENS)

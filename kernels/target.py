@@ -55,9 +55,8 @@ class Tier:
             135M Q4_0 with AVX2 1.25 ms a token instead of 1.51. And it asks for all lines of a record at once: Q6_K in
             two terms, one token, reads 39 GB/s in order and 30 reordered on Zen 5.
         abreast: row groups that a full tile of int8 takes side by side, a part of its tokens at a time: one load of an
-            activation then serves them all. Where there are two, they are unpacked once for all tiles (unpack.py).
-            (Zen 5 loads 1.8 times a cycle, not 2: 14 tokens of one row group took 5.8 cycles a block and token, 6 of
-            two 5.4; unpacked before 5.1; its pipes allow 5.)
+            activation then serves them all. (Zen 5 loads 1.8 times a cycle, not 2: 14 tokens of one row group took 5.8
+            cycles a block and token, 6 of two 5.4; unpacked before (unpack.py) 5.1; its pipes allow 5.)
         crossed: of the four pairs of quads that a block of four-bit weights has, so many are multiplied crosswise
             (unpack.py).
         ahead: (tokens, bytes, level): a pass of so many tokens, up to 8, asks for its weights so many bytes before it
