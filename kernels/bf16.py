@@ -91,12 +91,12 @@ def make_matmul() -> Callable[..., None]:
     full = token_tile(TIER, 0)
 
     def emit(b: ir.IRBuilder, tokens: ir.Value, *arguments: ir.Value) -> None:
-        for size in tile_sizes(full):
+        for size in tile_sizes(full, 1):
             with b.if_then(b.icmp_signed("==", tokens, ir.Constant(I64, size))):
                 _emit_tile(b, size, *arguments)
 
     tile: Any = word(void, [i64] * 8, emit)
-    return tiled(tile, full, full, PAIR * ROWS * BLOCK // 2, PAIR, PAIR * BLOCK // 2)
+    return tiled(tile, full, 1, PAIR * ROWS * BLOCK // 2, PAIR, PAIR * BLOCK // 2)
 
 
 def _pair(b: ir.IRBuilder, x: ir.Value, y: ir.Value, out: ir.Value) -> None:

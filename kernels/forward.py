@@ -50,11 +50,11 @@ from .block import (
     W,
     unpack_bytes,
 )
-from .jit import kernel
+from .jit import TIER, kernel
 from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
 from .simd import call_word, f32, get_f32, get_i64, i64, put_i64, vload, void, vsplat, vstore
-from .target import record_bytes
+from .target import one_tile, record_bytes
 from .team import claim, done, wait
 
 call_matmul = call_word(void, MATMUL.args)
@@ -70,6 +70,7 @@ def unpacked_of(block, row):  # type: ignore[no-untyped-def]
 
 
 PASS = void(i64, i64)
+ONE_TILE = one_tile(TIER)
 
 
 @kernel
@@ -90,7 +91,7 @@ def prepare(block, x, k, t, modes, row):  # type: ignore[no-untyped-def]
     n = get_i64(block + B.n)
     for terms in range(1, 3):
         if modes & (1 << terms):
-            tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2))
+            tile = get_i64(block + (B.tile_1 if terms == 1 else B.tile_2)) if n >= ONE_TILE else n
             t0 = t // tile * tile
             size = bytes_of_record(terms)
             out = activations(block, terms, row) + (t0 * (k // 32) + t - t0) * size

@@ -12,7 +12,7 @@ bytes, or of 96 with two terms:
     then                         f32 d  f32 d*sum  -8*sum  -16*sum  -128*sum  -32*lo  -32*hi  crossed    sums are i32
     sum of the 32 q, lo and hi its halves: they take the weights' zero point out of the dot product exactly
     crossed: of one term, -8*sum, and minus what crossed quads of weights 0 add (unpack.py)
-    tile of S tokens: [block][token], S = T but for the last tile
+    tile of S tokens: [block][token], S = T but for the last tile, and passes of so few tokens that one has all
 
     f32 mode: tile of S tokens: [k][token] f32
 
@@ -60,7 +60,7 @@ from .simd import (
     vsum_i32,
     word,
 )
-from .target import record_bytes, token_tile
+from .target import one_tile, peak_tokens, record_bytes, token_tile
 from .unpack import Record, Spread, SpreadRecord, each_block, make_spread, make_unpack
 
 i64 = types.int64
@@ -110,7 +110,8 @@ def _sums(b: ir.IRBuilder, record: Record, group: int, terms: int, x: list[ir.Va
 
     if record.crossed:
         sums = dots(b, panel, starts())
-        for p in range(4):
+        # those not crossed first, since scales are multiplied, too, and come last: 3.9 cycles instead of 4.3
+        for p in [*range(record.crossed, 4), *range(record.crossed)]:
             pair = record.quad(p, dots.unsigned), record.quad(p + 4, dots.unsigned)
             if p < record.crossed:
                 sums.cross(p, *pair, x)
@@ -153,7 +154,7 @@ def _fetch_ahead(
     """Ask for what comes after a block of the record at w."""
     share = panel.record_bytes // panel.blocks  # of each block, of scales and planes alike: none is left out
     place, coming = b.add(w, b.mul(within, ir.Constant(I64, share))), []
-    if tokens > 8:  # the next row groups, which a full tile has time to fetch
+    if tokens > 8 or groups > 1:  # the next row groups, which a full tile has time to fetch
         coming = [b.add(place, b.mul(apart, ir.Constant(I64, groups + i))) for i in range(groups)]
     elif tokens in FEW:
         coming = [at(b, place, AHEAD)]
@@ -312,34 +313,40 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
     size = record_bytes(terms) if terms else 4  # bytes from token to token
     # bytes need no unpacking; AArch64 would gain as other tiers of small tiles do, by count: no machine to time it on
     spread = terms > 0 and TIER.x86 and (panel.planes != (8,) or TIER.abreast > 1)
-    sizes = (1, 2, 4, 8) if spread and TIER.abreast > 1 else tile_sizes(full)
-    tile = make_tile(panel, terms, dict.fromkeys(sizes, 1))
-    packed = tiled(tile, full, sizes[-1], panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
+    groups = TIER.abreast if terms else 1
+    tile = make_tile(panel, terms, tile_sizes(full, groups))
+    packed = tiled(tile, full, groups, panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
     return _make_spread_matmul(panel, terms, packed) if spread else packed
 
 
-def tile_sizes(full: int) -> tuple[int, ...]:
-    """Tokens of the tiles that `tiled` takes, one row group each."""
-    return (*(t for t in (1, 2, 4, 8) if t < full), full)
+def tile_sizes(full: int, groups: int) -> dict[int, int]:
+    """Tokens of the tiles that `tiled` takes, and their row groups."""
+    return {t: 1 for t in (1, 2, 4, 8) if t < full or groups > 1} | {full: groups}
 
 
-def tiled(tile: Any, full: int, most: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
-    """matmul(...) of tiles of so many tokens as `tile_sizes` says; most: of the largest there is. Bytes: group_record
-    of a block of a row group, slot from token to token of a tile of `full`, token_block of a token's block.
+def tiled(tile: Any, full: int, groups: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
+    """matmul(...) of tiles of up to `full` tokens, full ones of `groups` row groups. Bytes: group_record of a block of
+    a row group, slot from token to token of a tile, token_block of a token's block.
     """
 
+    one = one_tile(TIER) if groups > 1 else 0
+
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
-        for t0 in range(0, n, full):
-            slots, first = min(full, n - t0), x + t0 * nb * token_block
-            for g in range(g0, g1):
+        most = full if n >= one else n
+        for t0 in range(0, n, max(most, 1)):
+            slots, first = min(most, n - t0), x + t0 * nb * token_block
+            g = g0
+            while g < g1:
+                whole = slots == full and g + groups <= g1
                 j = 0
                 while j < slots:
-                    tokens = most if slots == full else 8
+                    tokens = full if whole else 8
                     while tokens > slots - j:
                         tokens //= 2
                     out = y + ((t0 + j) * y_stride + g * ROWS) * 4
                     tile(tokens, w + g * nb * group_record, nb, first + j * slot, slots, out, y_stride, add)
                     j += tokens
+                g += groups if whole else 1
 
     return matmul
 
@@ -351,15 +358,15 @@ def _make_spread_matmul(panel: Panel, terms: int, packed: Callable[..., None]) -
                [sums of up to SPREAD_TOKENS tokens]                         until all blocks have passed
     """
     full, groups, size, to = token_tile(TIER, terms), TIER.abreast, record_bytes(terms), Spread(panel, terms)
-    tokens, panel_bytes, spread_bytes = full // groups, panel.record_bytes // panel.blocks, groups * to.record_bytes
+    panel_bytes, spread_bytes = panel.record_bytes // panel.blocks, groups * to.record_bytes
     lines, sums_bytes, record = 64 * LINES, 4 * ROWS * groups, to.record_bytes
-    least = max(2 * full, 12)  # tokens: for fewer, unpacking once costs more than it saves
+    least = max(2 * full, 12 * groups)  # tokens: for fewer, unpacking once costs more than it saves
     spread, rest = make_spread(to), kernel(packed)
-    tile = word(void, [i64] * 11, lambda b, *arguments: _emit_spread_tile(b, to, tokens, *arguments))
+    tile = word(void, [i64] * 11, lambda b, *arguments: _emit_spread_tile(b, to, full, *arguments))
 
     @kernel
-    def two(w, nb, g, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
-        """These row groups of y, for n tokens in whole tiles."""
+    def together(w, nb, g, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
+        """Row groups g .. g + groups - 1 of y, for n tokens in whole tiles; w: the first one."""
         parts = (nb + SPREAD_BLOCKS - 1) // SPREAD_BLOCKS
         sums = scratch + SPREAD_BLOCKS * spread_bytes
         next_groups = w + groups * nb * panel_bytes
@@ -368,10 +375,9 @@ def _make_spread_matmul(panel: Panel, terms: int, packed: Callable[..., None]) -
             first, end = part * nb // parts, (part + 1) * nb // parts
             for i in range(groups):
                 spread(w + i * nb * panel_bytes, first, end, scratch + i * record)
-            for t in range(0, n, tokens):
-                t0 = t // full * full
-                place = x + (t0 * nb + first * full + t - t0) * size
-                out, more = y + (t * y_stride + g * ROWS) * 4, nb - end
+            for t in range(0, n, full):
+                place, more = x + (t * nb + first * full) * size, nb - end
+                out = y + (t * y_stride + g * ROWS) * 4
                 tile(scratch, end - first, place, full, out, y_stride, add, sums + t * sums_bytes, first, more, coming)
                 if coming < next_groups + groups * nb * panel_bytes:
                     coming += (end - first) * lines
@@ -383,7 +389,7 @@ def _make_spread_matmul(panel: Panel, terms: int, packed: Callable[..., None]) -
             count = min(whole - t, SPREAD_TOKENS)
             for g in range(g0, last, groups):
                 row_group, out = w + g * nb * panel_bytes, y + 4 * t * y_stride
-                two(row_group, nb, g, x + t * nb * size, count, out, y_stride, add, scratch)
+                together(row_group, nb, g, x + t * nb * size, count, out, y_stride, add, scratch)
         rest(w, nb, g0, last, x + whole * nb * size, n - whole, y + 4 * whole * y_stride, y_stride, add, scratch)
         rest(w, nb, last, g1, x, n, y, y_stride, add, scratch)
 
@@ -410,10 +416,10 @@ PEAK_BYTES = 8192  # of activations and weights that peak() reads: less than any
 def make_peak(terms: int) -> Callable[[int, int], int]:
     """peak(address, steps): the inner loop of a prefill tile alone, all data in the L1 cache: what a core can multiply.
 
-    terms: 1 int8, 0 f32. A step is PEAK_QUADS x 4 columns of ROWS rows for token_tile(TIER, terms) tokens. The sum is
+    terms: 1 int8, 0 f32. A step is PEAK_QUADS x 4 columns of ROWS rows for peak_tokens(TIER, terms) tokens. The sum is
     returned so that nothing is dropped.
     """
-    tokens, lanes = token_tile(TIER, terms), V16I32 if terms else V16F32
+    tokens, lanes = peak_tokens(TIER, terms), V16I32 if terms else V16F32
 
     def emit(b: ir.IRBuilder, address: Any, steps: Any) -> ir.Value:
         acc = [cgutils.alloca_once(b, lanes) for _ in range(tokens)]

@@ -54,9 +54,9 @@ class Tier:
             for nothing: a tile of four tokens on a Neoverse N1 takes 124 cycles instead of 135 (llvm-mca), prefill of
             135M Q4_0 with AVX2 1.25 ms a token instead of 1.51. And it asks for all lines of a record at once: Q6_K in
             two terms, one token, reads 39 GB/s in order and 30 reordered on Zen 5.
-        abreast: row groups that a full tile of int8 takes side by side, a part of its tokens at a time: one load of an
-            activation then serves them all. (Zen 5 loads 1.8 times a cycle, not 2: 14 tokens of one row group took 5.8
-            cycles a block and token, 6 of two 5.4; unpacked before (unpack.py) 5.1; its pipes allow 5.)
+        abreast: row groups that a full tile of int8 takes side by side: one load of an activation then serves them all.
+            (Zen 5 loads 1.8 times a cycle, not 2: 14 tokens of one row group took 5.8 cycles a block and token, 6 of
+            two 5.4; unpacked before (unpack.py) 5.1; its pipes allow 5.)
         crossed: of the four pairs of quads that a block of four-bit weights has, so many are multiplied crosswise
             (unpack.py).
         ahead: (tokens, bytes, level): a pass of so many tokens, up to 8, asks for its weights so many bytes before it
@@ -119,7 +119,7 @@ TIERS: dict[str, Tier] = {  # best first
     t.name: t
     for t in (
         _x86(
-            "avx512zen5", "x86-64-v4", _V4 + ",avx512vnni,avx512vp2intersect,avxvnni", "vnni512", True, (14, 12, 12),
+            "avx512zen5", "x86-64-v4", _V4 + ",avx512vnni,avx512vp2intersect,avxvnni", "vnni512", True, (14, 6, 6),
             16, reorder=False, abreast=2, crossed=3, ahead=(1, 8192, 1),
         ),
         _x86("avx512vnni", "x86-64-v4", _V4 + ",avx512vnni", "vnni512", True, (14, 14, 11), 16),
@@ -254,6 +254,18 @@ def _what_there_is() -> str:
 def record_bytes(terms: int) -> int:
     """Bytes of an activation record of `terms` int8 terms, drawn in matmul.py."""
     return 32 * terms + 32
+
+
+def peak_tokens(tier: Tier, terms: int) -> int:
+    """Tokens whose sums the measurement of a core's peak keeps: as many sums as a full tile has."""
+    return token_tile(tier, terms) * (tier.abreast if terms else 1)
+
+
+def one_tile(tier: Tier) -> int:
+    """Tokens of an int8 pass from which on its activations lie in more than one tile, if that is more than a tile has:
+    up to eight tokens then share the unpacking of a row group.
+    """
+    return 2 * tier.tiles[1] if tier.abreast > 1 else 0
 
 
 def token_tile(tier: Tier, terms: int) -> int:

@@ -390,7 +390,7 @@ def peak(threads: int, kind: str) -> float:
     memory = Arena({"probe": PROBE_L1 * threads})
     memory.arrays["probe"].fill(0x3F)  # f32 0.75
     start = memory.address("probe")
-    step = PROBE_COLUMNS * ROWS * target.token_tile(tier, int(kind == "int8"))
+    step = PROBE_COLUMNS * ROWS * target.peak_tokens(tier, int(kind == "int8"))
     return _together(threads, lambda i: work(start + i * PROBE_L1, PROBE_STEPS), step * PROBE_STEPS)
 
 

@@ -17,7 +17,7 @@ from naive import CASES, FLOATS, QUANTS, TERMS, Case
 from smolrun.kernels import load
 from smolrun.kernels.block import unpack_bytes
 from smolrun.kernels.panels import ROWS, pack
-from smolrun.kernels.target import TIERS, Tier, choose, record_bytes, runnable, token_tile
+from smolrun.kernels.target import TIERS, Tier, choose, one_tile, record_bytes, runnable, token_tile
 
 POINTWISE = ("rmsnorm", "swiglu", "rope", "quantise", "interleave", "half")
 NAMES = [*dict.fromkeys(c.name for c in CASES), *(f"row_{f}" for f in (*FLOATS, *QUANTS)), *POINTWISE]
@@ -95,7 +95,7 @@ class Kernels:
     def tiles(self, x: np.ndarray, mode: str) -> np.ndarray:
         """Activations (tokens, k) as a matmul reads them, tile after tile."""
         terms = TERMS[mode]
-        step = token_tile(self.tier, terms)
+        step = token_tile(self.tier, terms) if not terms or len(x) >= one_tile(self.tier) else len(x)
         # (tokens, blocks) or (tokens, k)
         whole = naive.records(x, terms, self.tier.crossed) if terms else x.astype(np.float32)
         whole = naive.paired(whole) if terms == 2 and self.tier.pairs else whole
