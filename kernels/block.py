@@ -83,7 +83,6 @@ T = constants(
     asleep=5 * LINE,  # one line a thread
 )
 MAX_THREADS = 256
-STRETCHES = 5  # most threads that take a stretch of a pass each: claim counters of a layer up to keys and values
 TEAM_BYTES = T.asleep + MAX_THREADS * LINE
 
 HEAD_DIM = 64

@@ -42,7 +42,6 @@ from .block import (
     LINE,
     MOST_RANK,
     PHASES,
-    STRETCHES,
     TAIL_BYTES,
     A,
     B,
@@ -71,6 +70,7 @@ def unpacked_of(block, row):  # type: ignore[no-untyped-def]
 
 PASS = void(i64, i64)
 ONE_TILE = one_tile(TIER)
+STRETCHES = 5  # most of them: claim counters of a layer up to its keys and values
 
 
 @kernel
