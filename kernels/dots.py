@@ -159,7 +159,7 @@ class Dots:
 
 
 def emit_dot(b: ir.IRBuilder, total: ir.Value, u: ir.Value, s: ir.Value) -> ir.Value:
-    """vpdpbusd"""
+    """total[i] + the four products of lane i of unsigned u and signed s, bytes (vpdpbusd)."""
     kind = total.type
     width = min(32 * kind.count, 32 * TIER.row_lanes)
     count = 32 * kind.count // width
@@ -180,6 +180,7 @@ class VnniDots(Dots):
             self.sums[i] = emit_dot(b, total, w, quad)
 
     def cross(self, p: int, u: ir.Value, s: ir.Value, x: list[ir.Value]) -> None:
+        """Add quads p and p + 4 crossed, from their factors u and s (unpack.py)."""
         b = self.b
         for i, address in enumerate(x):
             low, high = (b.bitcast(self._x(address, j), u.type) for j in (p, p + 4))

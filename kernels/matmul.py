@@ -303,15 +303,15 @@ def make_tile(panel: Panel, terms: int, sizes: Mapping[int, int]) -> Any:
 def make_matmul(name: str, terms: int) -> Callable[..., None]:
     """matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch): row groups g0..g1 of y (+)= x W^T.
 
-    name: format; terms: 1 int8, 2 int8x2, 0 f32 activations. y_stride in floats. scratch: f32 (32 nb, 16), used by the
-    f32 mode of quantised formats, which is `unpack` and then the f32 tile.
+    name: format; terms: 1 int8, 2 int8x2, 0 f32 activations. y_stride in floats. scratch: block.unpack_bytes(32 nb),
+    for what is spread, or f32 (32 nb, 16) of the f32 mode of quantised formats: `unpack` and then the f32 tile.
     """
     panel = PANELS[name]
     if terms == 0 and not panel.is_float:
         return _make_unpacked_matmul(name)
     full = token_tile(TIER, terms)
     size = record_bytes(terms) if terms else 4  # bytes from token to token
-    # bytes need no unpacking; AArch64 would gain as other tiers of small tiles do, by count: no machine to time it on
+    # bytes need no unpacking; AArch64's tiles are small, too, but there was no machine to time it on
     spread = terms > 0 and TIER.x86 and (panel.planes != (8,) or TIER.abreast > 1)
     groups = TIER.abreast if terms else 1
     tile = make_tile(panel, terms, tile_sizes(full, groups))
@@ -328,8 +328,7 @@ def tiled(tile: Any, full: int, groups: int, group_record: int, slot: int, token
     """matmul(...) of tiles of up to `full` tokens, full ones of `groups` row groups. Bytes: group_record of a block of
     a row group, slot from token to token of a tile, token_block of a token's block.
     """
-
-    one = one_tile(TIER) if groups > 1 else 0
+    one = one_tile(TIER) if groups > 1 else 0  # fewer tokens are one tile
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
         most = full if n >= one else n
