@@ -163,10 +163,14 @@ def _fetch_ahead(
             emit_prefetch(b, at(b, start, line))
 
 
-def _int8_block(b: ir.IRBuilder, record_of: Callable[[int, int], Record], terms: int, x: ir.Value, acc: Sums) -> None:
+def _int8_block(
+    b: ir.IRBuilder, record_of: Callable[[int, int], Record], terms: int, x: ir.Value, acc: Sums,
+    fetch: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
     """acc[t][i] += dot product of a block with token t, part i of the rows.
 
-    record_of: its record from the first row on, of so many; x: address of the first token's record.
+    record_of: its record from the first row on, of so many; x: address of the first token's record; fetch: asks for
+    what comes next, behind what is read of this block at once (before it, a token of 1.7B Q4_K_M took 7 % longer).
     """
     rows = acc[0][0].type.pointee.count
     for part in range(len(acc[0])):
@@ -177,6 +181,8 @@ def _int8_block(b: ir.IRBuilder, record_of: Callable[[int, int], Record], terms:
         panel = record.panel
         if len(acc) <= 2 and TIER.x86 and (panel.blocks > 1 or len(panel.planes) > 1):  # one plane is read in order
             record.read()
+        if fetch and not part:
+            fetch()
         for group in range(BLOCK // panel.group):
             sums = _sums(b, record, group, terms, records)
             scale, minimum = record.scale(group)
@@ -229,10 +235,10 @@ def _emit_tile(
         apart = b.mul(b.sdiv(nb, ir.Constant(I64, panel.blocks)), ir.Constant(I64, panel.record_bytes))
 
         def accumulate(record: ir.Value, within: ir.Value, block: ir.Value) -> None:
-            _fetch_ahead(b, panel, record, within, apart, tokens, groups)
             _int8_block(
                 b, lambda first, rows: Record(b, panel, record, within, apart, first, rows), terms,
                 b.add(x, b.mul(block, step)), chains[0],
+                lambda: _fetch_ahead(b, panel, record, within, apart, tokens, groups),
             )  # fmt: skip
 
         # a single token: what the blocks of a record share is then loaded and converted once
