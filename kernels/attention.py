@@ -84,7 +84,7 @@ from .simd import (
     word,
 )
 from .target import record_bytes, token_tile
-from .team import claim, done
+from .team import claim, claim_left, done
 
 i64 = types.int64
 prefetch = word(void, [i64], emit_prefetch)
@@ -629,21 +629,24 @@ def make_store_value(kind: str) -> Any:
     return store_value
 
 
+@kernel
+def rotate_queries(block, position, count, q, out):  # type: ignore[no-untyped-def]
+    """`count` query heads of a token, f32 (count, 64) at q, rotated and scaled by 1 / sqrt(head_dim),
+    which is exact; out may be q."""
+    table = get_i64(block + B.rope) + position * HEAD_DIM * 4
+    for h in range(count):
+        rope(q + 4 * HEAD_DIM * h, table, f32(0.125), out + 4 * HEAD_DIM * h)
+
+
 def make_store(key: str, value: str) -> Any:
-    """store_kv(block, layer, t, head, qkv, scratch) of a pass, for a KV cache of these kinds."""
+    """store(block, segment, layer, head, position, row, scratch) for a KV cache of these kinds: key and value of one KV
+    head of a token, whose row of qkv it is, into their page, the key rotated. scratch: 256 bytes."""
     store_key, store_value = make_store_key(key), make_store_value(value)
 
     @kernel
-    def store_kv(block, layer, t, head, qkv, scratch):  # type: ignore[no-untyped-def]
-        """Rotate the queries of one KV head's group and its key; write key and value into their page."""
+    def store_head(block, segment, layer, head, position, row, scratch):  # type: ignore[no-untyped-def]
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
-        group = heads // kv_heads
-        segment = segment_of(block, t)
-        position = get_i64(segment + S.start) + t - get_i64(segment + S.first)
         table = get_i64(block + B.rope) + position * HEAD_DIM * 4
-        row = qkv + 4 * t * (heads + 2 * kv_heads) * HEAD_DIM
-        for h in range(head * group, (head + 1) * group):
-            rope(row + 4 * HEAD_DIM * h, table, f32(0.125), row + 4 * HEAD_DIM * h)  # 1 / sqrt(head_dim): exact
         page = get_i64(get_i64(segment + S.pages) + position // PAGE * 8) + place_of(block, layer, head)
         inside = position % PAGE
         rope(row + 4 * HEAD_DIM * (heads + head), table, f32(1.0), scratch)
@@ -651,7 +654,7 @@ def make_store(key: str, value: str) -> Any:
         value = row + 4 * HEAD_DIM * (heads + kv_heads + head)
         store_value(value, page + get_i64(block + B.value_offset), inside, scratch)
 
-    return store_kv
+    return store_head
 
 
 def make_spans(key: str, value: str) -> Any:
@@ -731,59 +734,102 @@ def make_attend_rows(queries: Any, span: Any) -> Any:
     return attend_rows
 
 
-def make_attend_span(queries: Any, span: Any) -> Any:
-    """attend_span of a segment of one token, from `make_queries` and `make_spans`."""
+def make_attend_span(queries: Any, span: Any, store_head: Any) -> Any:
+    """attend_span of a segment of one token, from `make_queries`, `make_spans` and `make_store`."""
 
     @kernel
-    def attend_span(block, segment, layer, head, first, qkv, scratch):  # type: ignore[no-untyped-def]
-        """One span of a single token's rows of a KV head, kept as partials for `merge_spans`."""
+    def attend_span(block, segment, layer, head, first, row, scratch, single):  # type: ignore[no-untyped-def]
+        """One span of a single token's rows of a KV head, kept as partials for `merge_spans`. row: the token's of qkv;
+        single: its queries are not rotated yet, its key and value not stored, and only the last span reads those.
+        """
         heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
-        group, s = heads // kv_heads, scratch + QUERIES_SCRATCH
+        group, start, s = heads // kv_heads, get_i64(segment + S.start), scratch + QUERIES_SCRATCH
+        if single and first + SPAN > start:
+            store_head(block, segment, layer, head, start, row, s)
         r = 0
         while r < group:
             rows, h = rows_of(group - r), head * group + r
             part = get_i64(segment + S.parts) + 4 * PART * (first // SPAN * heads + h)
-            q = queries(qkv + 4 * HEAD_DIM * h, rows, scratch, s)
+            q = row + 4 * HEAD_DIM * h
+            if single:  # not in place: other spans, of other threads, need them as they are
+                rotate_queries(block, start, rows, q, scratch)
+                q = scratch
+            operand = queries(q, rows, scratch + 4 * ROW_TILE * HEAD_DIM, s)
             span(
-                rows, q, r, group, get_i64(segment + S.start), first, get_i64(segment + S.pages),
-                place_of(block, layer, head), get_i64(block + B.value_offset), s, part,
+                rows, operand, r, group, start, first, get_i64(segment + S.pages), place_of(block, layer, head),
+                get_i64(block + B.value_offset), s, part,
             )  # fmt: skip
             r += rows
 
     return attend_span
 
 
+@kernel
+def parts_of(segment, group):  # type: ignore[no-untyped-def]
+    """Items of attention that a KV head of a segment makes: spans of a single token, else tiles of rows."""
+    count = get_i64(segment + S.count)
+    if count == 1:
+        return get_i64(segment + S.start) // SPAN + 1
+    return (count * group + ROW_TILE - 1) // ROW_TILE
+
+
+@kernel
+def items_of(block):  # type: ignore[no-untyped-def]
+    """Items of attention of a whole pass."""
+    kv_heads, parts = get_i64(block + B.n_kv_heads), 0
+    for i in range(get_i64(block + B.n_segments)):
+        parts += parts_of(get_i64(block + B.segments) + 8 * S.size * i, get_i64(block + B.n_heads) // kv_heads)
+    return kv_heads * parts
+
+
 def make_attention(key: str, value: str) -> tuple[Any, Any]:
     """(store_kv, attention) of a pass, for a KV cache of these kinds (block.KV_BYTES)."""
-    queries, span = make_queries(key), make_spans(key, value)
-    attend_rows, attend_span = make_attend_rows(queries, span), make_attend_span(queries, span)
+    queries, span, store_head = make_queries(key), make_spans(key, value), make_store(key, value)
+    attend_rows, attend_span = make_attend_rows(queries, span), make_attend_span(queries, span, store_head)
 
     @kernel
-    def attention(block, layer, counter, qkv, scratch):  # type: ignore[no-untyped-def]
-        """All segments, their items claimed through one counter, one after the other. Returns how many there are."""
-        heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
+    def store_kv(block, layer, t, head, qkv, scratch):  # type: ignore[no-untyped-def]
+        """Rotate the queries of one KV head's group and its key; write key and value into their page."""
+        heads, kv_heads, segment = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads), segment_of(block, t)
         group = heads // kv_heads
-        segment, before = get_i64(block + B.segments), 0
-        i = claim(counter, 1)
-        for _ in range(get_i64(block + B.n_segments)):
+        position = get_i64(segment + S.start) + t - get_i64(segment + S.first)
+        row = qkv + 4 * t * (heads + 2 * kv_heads) * HEAD_DIM
+        q = row + 4 * HEAD_DIM * head * group
+        rotate_queries(block, position, group, q, q)
+        store_head(block, segment, layer, head, position, row, scratch)
+
+    @kernel
+    def attention(block, layer, counter, qkv, scratch, single):  # type: ignore[no-untyped-def]
+        """All segments, their items claimed through one counter, one after the other. Returns how many there are.
+
+        single: all are of one token, for which nobody has called `store_kv`.
+        """
+        heads, kv_heads = get_i64(block + B.n_heads), get_i64(block + B.n_kv_heads)
+        group, all_items, finished, before = heads // kv_heads, items_of(block), 0, 0
+        step = max(kv_heads // (4 * get_i64(block + B.threads)), 1)  # heads are little work in a short context
+        segment, i = get_i64(block + B.segments), claim(counter, step)
+        end = i + step
+        while i < all_items:
             count = get_i64(segment + S.count)
-            rows = count * group
-            tiles = (rows + ROW_TILE - 1) // ROW_TILE
-            spans = get_i64(segment + S.start) // SPAN + 1
+            items = kv_heads * parts_of(segment, group)
             first = qkv + 4 * get_i64(segment + S.first) * (heads + 2 * kv_heads) * HEAD_DIM
-            items = kv_heads * (spans if count == 1 else tiles)
             while i - before < items:
                 head, part = (i - before) % kv_heads, (i - before) // kv_heads
                 if count == 1:
-                    attend_span(block, segment, layer, head, part * SPAN, first, scratch)
+                    attend_span(block, segment, layer, head, part * SPAN, first, scratch, single)
                 else:
                     # the longest rows first, so that the last claim is a short one
-                    row = (tiles - 1 - part) * ROW_TILE
-                    attend_rows(block, segment, layer, head, row, min(rows, row + ROW_TILE), first, scratch)
-                done(counter, 1)
-                i = claim(counter, 1)
+                    row = (parts_of(segment, group) - 1 - part) * ROW_TILE
+                    attend_rows(block, segment, layer, head, row, min(count * group, row + ROW_TILE), first, scratch)
+                finished += 1
+                i += 1
+                if i == end:
+                    i = claim_left(counter, all_items, step)
+                    end = i + step
             before += items
             segment += 8 * S.size
-        return before
+        if finished:
+            done(counter, finished)
+        return all_items
 
-    return make_store(key, value), attention
+    return store_kv, attention

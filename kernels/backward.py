@@ -347,7 +347,7 @@ def attend(a, tid):  # type: ignore[no-untyped-def]
     """Output over q; it claims its own items."""
     scratch = get_i64(a + ops.ATTEND.scratch) + tid * get_i64(a + ops.ATTEND.scratch_bytes)
     block, layer = get_i64(a + ops.ATTEND.block), get_i64(a + ops.ATTEND.layer)
-    attention(block, layer, get_i64(a + ops.ATTEND.counter), get_i64(a + ops.ATTEND.qkv), scratch)
+    attention(block, layer, get_i64(a + ops.ATTEND.counter), get_i64(a + ops.ATTEND.qkv), scratch, 0)
 
 
 @kernel

@@ -10,14 +10,14 @@ A pair is 32 bits: what moves f32 about, moves pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
 from .jit import TIER
-from .matmul import tile_sizes, tiled
+from .matmul import tiled
 from .panels import BLOCK, ROWS
 from .simd import (
     I32,
@@ -90,13 +90,15 @@ def make_matmul() -> Callable[..., None]:
     """matmul(...) as in matmul.py, of operands in pairs."""
     full = token_tile(TIER, 0)
 
-    def emit(b: ir.IRBuilder, tokens: ir.Value, *arguments: ir.Value) -> None:
-        for size in tile_sizes(full, 1):
-            with b.if_then(b.icmp_signed("==", tokens, ir.Constant(I64, size))):
-                _emit_tile(b, size, *arguments)
+    def tiles(sizes: Iterable[int]) -> Any:
+        def emit(b: ir.IRBuilder, tokens: ir.Value, *arguments: ir.Value) -> None:
+            for size in sizes:
+                with b.if_then(b.icmp_signed("==", tokens, ir.Constant(I64, size))):
+                    _emit_tile(b, size, *arguments)
 
-    tile: Any = word(void, [i64] * 8, emit)
-    return tiled(tile, full, 1, PAIR * ROWS * BLOCK // 2, PAIR, PAIR * BLOCK // 2)
+        return word(void, [i64] * 8, emit)
+
+    return tiled(tiles, full, 1, PAIR * ROWS * BLOCK // 2, PAIR, PAIR * BLOCK // 2)
 
 
 def _pair(b: ir.IRBuilder, x: ir.Value, y: ir.Value, out: ir.Value) -> None:

@@ -69,7 +69,7 @@ LAYER = constants(
 
 # The team. Words that are spun on or added to stand on cache lines of their own.
 LINE = 64
-PHASES = 12  # claim counters of one layer, each on its line
+PHASES = 10  # claim counters of one layer, each on its line
 T = constants(
     generation=0 * LINE,  # jobs posted so far; workers wait for it to change
     open=1 * LINE,  # 1 while the job may be entered

@@ -15,9 +15,10 @@ Behind the keys and values of the last layer only those rows go on that are want
 its chunks before.
 
 A phase ends when all of its items are done, whoever did them (team.py). Of a single token, `prepare` is no phase: every
-thread makes the activations for itself, which takes less than waiting for them. A matrix may have an adapter: `prepare`
-then makes its u too, and who multiplies a row group adds u up^T. `classify` is a second entry: prefill needs logits of
-its last token only, and the classifier is 21 % of the 135M weights.
+thread makes the activations for itself, which takes less than waiting for them; and where each sequence has one token,
+nor is `store`: attention rotates and stores what it needs. A matrix may have an adapter: `prepare` then makes its u
+too, and who multiplies a row group adds u up^T. `classify` is a second entry: prefill needs logits of its last token
+only, and the classifier is 21 % of the 135M weights.
 
 Phases make half of what a thread reads the work of others: all rows of its tokens, all tokens of its rows. So a few
 threads with many tokens do without. Each has a stretch of the tokens, and runs the phases of a layer alone on half of
@@ -54,7 +55,7 @@ from .matmul import MATMUL, ROW
 from .pointwise import interleave, quantise, rmsnorm, swiglu
 from .simd import call_word, f32, get_f32, get_i64, i64, put_i64, vload, void, vsplat, vstore
 from .target import one_tile, record_bytes
-from .team import claim, done, wait
+from .team import claim, claim_left, done, wait
 
 call_matmul = call_word(void, MATMUL.args)
 call_row = call_word(void, ROW.args)
@@ -150,47 +151,78 @@ def share(block, items):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def groups_and_step(block, w):  # type: ignore[no-untyped-def]
-    """Row groups of a matrix, and of one claim: long runs of memory for fewer tokens than a tile has, else what stays
-    in L2 while tile after tile passes over it."""
-    groups, n = get_i64(w + W.groups), get_i64(block + B.n)
+def groups_of(w, count):  # type: ignore[no-untyped-def]
+    """Row groups of `count` consecutive matrices from w on."""
+    groups = 0
+    for i in range(count):
+        groups += get_i64(w + 8 * i * W.size + W.groups)
+    return groups
+
+
+@kernel
+def step_of(block, w, groups):  # type: ignore[no-untyped-def]
+    """Row groups of one claim: long runs of memory for fewer tokens than a tile has, else what stays in L2 while tile
+    after tile passes over it."""
+    n = get_i64(block + B.n)
     if n < get_i64(block + B.tile_1):
         claims = (2 if n == 1 else 4) * get_i64(block + B.threads)
-        return groups, (groups + claims - 1) // claims
-    return groups, get_i64(w + W.step)
+        return (groups + claims - 1) // claims
+    return get_i64(w + W.step)
+
+
+def by_claims(run: Any) -> Any:
+    """multiply(block, w, count, counter, y, y_stride, add, row): runs of the row groups of `count` matrices from w on
+    are claimed, and run(block, w, count, g, end, y, y_stride, add, row) done with each. Returns how many there are.
+
+    Claims are numbered such that threads that take turns, as equals do, go on where their last run ended: 0 2 1 3 for
+    two threads. What a tile has fetched ahead is then read by who fetched it.
+    """
+
+    @kernel
+    def multiply(block, w, count, counter, y, y_stride, add, row):  # type: ignore[no-untyped-def]
+        threads, groups, finished = get_i64(block + B.threads), groups_of(w, count), 0
+        step = step_of(block, w, groups)
+        turns = (groups + step * threads - 1) // (step * threads)
+        k = claim(counter, 1)
+        while k < turns * threads:
+            g = (k % threads * turns + k // threads) * step
+            end = min(g + step, groups)
+            if g < end:
+                run(block, w, count, g, end, y, y_stride, add, row)
+                finished += end - g
+            k = claim_left(counter, turns * threads, 1)
+        if finished:
+            done(counter, finished)
+        return groups
+
+    return multiply
 
 
 @kernel
-def multiply(block, w, counter, y, y_stride, add, row):  # type: ignore[no-untyped-def]
-    """y (+)= act W^T, row groups claimed in steps."""
-    groups, step = groups_and_step(block, w)
-    while True:
-        g = claim(counter, step)
-        if g >= groups:
-            return
-        end = min(g + step, groups)
-        product(block, w, g, end, y, y_stride, add, row)
-        done(counter, end - g)
+def products(block, w, count, g, end, y, y_stride, add, row):  # type: ignore[no-untyped-def]
+    """Row groups g..end of y (+)= act W^T, the matrices one behind the other in a row of y."""
+    first = 0  # row groups of the matrices before
+    for i in range(count):
+        matrix = w + 8 * i * W.size
+        own = get_i64(matrix + W.groups)
+        begin, stop = max(g - first, 0), min(end - first, own)
+        if begin < stop:
+            product(block, matrix, begin, stop, y + 64 * first, y_stride, add, row)
+        first += own
 
 
 @kernel
-def gated(block, layer, counter, row):  # type: ignore[no-untyped-def]
-    """gate = silu(act Wg^T) * (act Wu^T): the three steps on the same row groups, while they are in cache."""
-    wg, wu = layer + LAYER.gate, layer + LAYER.up
-    gate, up = get_i64(block + B.gate), get_i64(block + B.up)
-    n, hidden = get_i64(block + B.n), get_i64(block + B.hidden_dim)
-    groups, step = groups_and_step(block, wg)
-    while True:
-        g = claim(counter, step)
-        if g >= groups:
-            return
-        end = min(g + step, groups)
-        for w, y in ((wg, gate), (wu, up)):
-            product(block, w, g, end, y, hidden, 0, row)
-        for t in range(n):
-            first = 4 * (t * hidden + 16 * g)
-            swiglu(gate + first, up + first, 16 * (end - g))
-        done(counter, end - g)
+def gate_and_up(block, w, _count, g, end, gate, hidden, _add, row):  # type: ignore[no-untyped-def]
+    """Row groups g..end of gate = silu(act Wg^T) * (act Wu^T): three steps, while they are in cache. w: Wg, then Wu."""
+    up = get_i64(block + B.up)
+    product(block, w, g, end, gate, hidden, 0, row)
+    product(block, w + 8 * W.size, g, end, up, hidden, 0, row)
+    for t in range(get_i64(block + B.n)):
+        first = 4 * (t * hidden + 16 * g)
+        swiglu(gate + first, up + first, 16 * (end - g))
+
+
+multiply, multiply_gated = by_claims(products), by_claims(gate_and_up)
 
 
 @kernel
@@ -345,59 +377,58 @@ def make_layer(key: str, value: str) -> tuple[Any, Any]:
     store_kv, attention = make_attention(key, value)
 
     @kernel
-    def project(block, i, counter, scratch, row):  # type: ignore[no-untyped-def]
-        """A layer up to its keys and values; counter: its first claim counter. Returns 1 when the pass is cancelled."""
+    def project(block, i, counter, scratch, row, single):  # type: ignore[no-untyped-def]
+        """A layer up to its keys and values; counter: its first claim counter; single: every segment is one token,
+        whose key `attention` stores. Returns 1 when the pass is cancelled."""
         team, n = get_i64(block + B.team), get_i64(block + B.n)
         dim, x, qkv = get_i64(block + B.dim), get_i64(block + B.x), get_i64(block + B.qkv)
-        kv_heads, width = get_i64(block + B.n_kv_heads), width_of(block)
-        q_dim, kv_dim = get_i64(block + B.n_heads) * HEAD_DIM, kv_heads * HEAD_DIM
+        kv_heads = get_i64(block + B.n_kv_heads)
         w = get_i64(block + B.layers) + i * LAYER.bytes
 
         if prepare_rows(block, counter, x, dim, dim, get_i64(w + LAYER.attn_norm), w + LAYER.q, 3, 0, row):
             return 1
-        multiply(block, w + LAYER.q, counter + LINE, qkv, width, 0, row)
-        multiply(block, w + LAYER.k, counter + 2 * LINE, qkv + 4 * q_dim, width, 0, row)
-        multiply(block, w + LAYER.v, counter + 3 * LINE, qkv + 4 * (q_dim + kv_dim), width, 0, row)
-        for m, matrix in ((1, LAYER.q), (2, LAYER.k), (3, LAYER.v)):
-            if wait(team, counter + m * LINE, get_i64(w + matrix + W.groups)):
-                return 1
+        groups = multiply(block, w + LAYER.q, 3, counter + LINE, qkv, width_of(block), 0, row)
+        if wait(team, counter + LINE, groups):
+            return 1
+        if single:
+            return 0
         items = n * kv_heads
         step = share(block, items)
         while True:
-            item = claim(counter + 4 * LINE, step)
+            item = claim(counter + 2 * LINE, step)
             if item >= items:
                 break
             end = min(item + step, items)
             for j in range(item, end):
                 store_kv(block, i, j // kv_heads, j % kv_heads, qkv, scratch)
-            done(counter + 4 * LINE, end - item)
-        return wait(team, counter + 4 * LINE, items)
+            done(counter + 2 * LINE, end - item)
+        return wait(team, counter + 2 * LINE, items)
 
     @kernel
-    def complete(block, i, counter, scratch, row):  # type: ignore[no-untyped-def]
+    def complete(block, i, counter, scratch, row, single):  # type: ignore[no-untyped-def]
         """The rest of it."""
         team, dim, hidden = get_i64(block + B.team), get_i64(block + B.dim), get_i64(block + B.hidden_dim)
         x, qkv, gate = get_i64(block + B.x), get_i64(block + B.qkv), get_i64(block + B.gate)
         q_dim, width = get_i64(block + B.n_heads) * HEAD_DIM, width_of(block)
         w = get_i64(block + B.layers) + i * LAYER.bytes
 
-        items = attention(block, i, counter + 5 * LINE, qkv, scratch)
-        if wait(team, counter + 5 * LINE, items):
+        items = attention(block, i, counter + 3 * LINE, qkv, scratch, single)
+        if wait(team, counter + 3 * LINE, items):
             return 1
-        if prepare_rows(block, counter + 6 * LINE, qkv, width, q_dim, 0, w + LAYER.o, 1, 1, row):
+        if prepare_rows(block, counter + 4 * LINE, qkv, width, q_dim, 0, w + LAYER.o, 1, 1, row):
             return 1
-        multiply(block, w + LAYER.o, counter + 7 * LINE, x, dim, 1, row)
-        if wait(team, counter + 7 * LINE, get_i64(w + LAYER.o + W.groups)):
+        groups = multiply(block, w + LAYER.o, 1, counter + 5 * LINE, x, dim, 1, row)
+        if wait(team, counter + 5 * LINE, groups):
             return 1
-        if prepare_rows(block, counter + 8 * LINE, x, dim, dim, get_i64(w + LAYER.ffn_norm), w + LAYER.gate, 2, 0, row):
+        if prepare_rows(block, counter + 6 * LINE, x, dim, dim, get_i64(w + LAYER.ffn_norm), w + LAYER.gate, 2, 0, row):
             return 1
-        gated(block, w, counter + 9 * LINE, row)
-        if wait(team, counter + 9 * LINE, get_i64(w + LAYER.gate + W.groups)):
+        groups = multiply_gated(block, w + LAYER.gate, 1, counter + 7 * LINE, gate, hidden, 0, row)
+        if wait(team, counter + 7 * LINE, groups):
             return 1
-        if prepare_rows(block, counter + 10 * LINE, gate, hidden, hidden, 0, w + LAYER.down, 1, 0, row):
+        if prepare_rows(block, counter + 8 * LINE, gate, hidden, hidden, 0, w + LAYER.down, 1, 0, row):
             return 1
-        multiply(block, w + LAYER.down, counter + 11 * LINE, x, dim, 1, row)
-        return wait(team, counter + 11 * LINE, get_i64(w + LAYER.down + W.groups))
+        groups = multiply(block, w + LAYER.down, 1, counter + 9 * LINE, x, dim, 1, row)
+        return wait(team, counter + 9 * LINE, groups)
 
     return project, complete
 
@@ -411,7 +442,7 @@ def make_by_stretches(project: Any, complete: Any) -> Any:
         before, which all tokens in front of the stretch have, too. Returns 1 when the pass is cancelled."""
         begin, end, unit = stretch_of(block, owner), stretch_of(block, owner + 1), unit_of(block)
         half = begin + (end - begin + 2 * unit - 1) // (2 * unit) * unit
-        counter = counters + (1 + i * PHASES + owner) * LINE
+        counter = counters + (1 + i * PHASES) * LINE + 16 * owner
         while True:
             k = claim(counter, 1)
             if k > 1:
@@ -420,9 +451,9 @@ def make_by_stretches(project: Any, complete: Any) -> Any:
             place = scratch + get_i64(block + B.scratch_bytes) - TAIL_BYTES
             part = section(block, first, stop - first, place)
             own = alone(part, tid, get_i64(block + B.n))
-            if i and complete(part, i - 1, own, scratch, row):
+            if i and complete(part, i - 1, own, scratch, row, 0):
                 return 1
-            if project(part, i, own, scratch, row):
+            if project(part, i, own, scratch, row, 0):
                 return 1
             done(counter, 1)
 
@@ -461,16 +492,16 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         embed(block, counters, get_i64(block + B.x), get_i64(block + B.dim), unpacked_of(block, row))
         if wait(get_i64(block + B.team), counters, get_i64(block + B.n)):
             return
-        stretches = in_stretches(block)
+        stretches, single = in_stretches(block), get_i64(block + B.n) == get_i64(block + B.n_segments)
         if stretches and by_stretches(block, counters, scratch, row, tid):
             return
         for i in range(n_layers - 1 if stretches else 0, n_layers):
             counter = counters + (1 + i * PHASES) * LINE
-            if not stretches and project(block, i, counter, scratch, row):
+            if not stretches and project(block, i, counter, scratch, row, single):
                 return
             if i == n_layers - 1:
                 block = wanted(block, scratch + get_i64(block + B.scratch_bytes) - TAIL_BYTES)
-            if get_i64(block + B.n) == 0 or complete(block, i, counter, scratch, row):
+            if get_i64(block + B.n) == 0 or complete(block, i, counter, scratch, row, single):
                 return
         normalise(block, counters + (1 + n_layers * PHASES) * LINE)
 
@@ -485,4 +516,4 @@ def classify(block, tid):  # type: ignore[no-untyped-def]
     if prepare_rows(block, counters, get_i64(block + B.out), dim, dim, 0, head, 1, 0, row):
         return
     stride = 16 * get_i64(head + W.groups)
-    multiply(block, head, counters + LINE, get_i64(block + B.logits), stride, 0, row)
+    multiply(block, head, 1, counters + LINE, get_i64(block + B.logits), stride, 0, row)

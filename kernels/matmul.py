@@ -320,23 +320,27 @@ def make_matmul(name: str, terms: int) -> Callable[..., None]:
     # bytes need no unpacking; AArch64's tiles are small, too, but there was no machine to time it on
     spread = terms > 0 and TIER.x86 and (panel.planes != (8,) or TIER.abreast > 1)
     groups = TIER.abreast if terms else 1
-    tile = make_tile(panel, terms, tile_sizes(full, groups))
-    packed = tiled(tile, full, groups, panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
+    tiles = functools.partial(make_tile, panel, terms)
+    packed = tiled(tiles, full, groups, panel.record_bytes // panel.blocks, size, size if terms else BLOCK * size)
     return _make_spread_matmul(panel, terms, packed) if spread else packed
 
 
-def tile_sizes(full: int, groups: int) -> dict[int, int]:
-    """Tokens of the tiles that `tiled` takes, and their row groups."""
-    return {t: 1 for t in (1, 2, 4, 8) if t < full or groups > 1} | {full: groups}
-
-
-def tiled(tile: Any, full: int, groups: int, group_record: int, slot: int, token_block: int) -> Callable[..., None]:
-    """matmul(...) of tiles of up to `full` tokens, full ones of `groups` row groups. Bytes: group_record of a block of
-    a row group, slot from token to token of a tile, token_block of a token's block.
+def tiled(
+    make: Callable[[Mapping[int, int]], Any], full: int, groups: int, group_record: int, slot: int, token_block: int
+) -> Callable[..., None]:
+    """matmul(...) of tiles of up to `full` tokens, full ones of `groups` row groups, each from `make` as `make_tile`
+    makes them. Bytes: group_record of a block of a row group, slot from token to token of a tile, token_block of a
+    token's block.
     """
+    tile = make({t: 1 for t in (1, 2, 4, 8) if t < full or groups > 1} | {full: groups})
+    alone = make({1: 1})  # a single token waits for memory, and loses 4 % by every row group's choice of a tile
     one = one_tile(TIER) if groups > 1 else 0  # fewer tokens are one tile
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
+        if n == 1:
+            for g in range(g0, g1):
+                alone(1, w + g * nb * group_record, nb, x, 1, y + g * ROWS * 4, y_stride, add)
+            return
         most = full if n >= one else n
         for t0 in range(0, n, max(most, 1)):
             slots, first = min(most, n - t0), x + t0 * nb * token_block

@@ -1,10 +1,10 @@
 """The team: threads that run one function together, phase by phase.
 
-Every thread calls the same pass(block, tid). A phase is a number of items (row groups, tokens, heads), each claimed
-through an atomic counter and counted when it is done; a thread goes on when all items are done. So nobody waits for a
-*thread*, only for work: one that the system has put aside between two items is not missed, one inside an item costs
-that item, and a worker that wakes late finds the work done and runs after the others. Each output has one writer, so
-claims never change bits.
+Every thread calls the same pass(block, tid). A phase is a number of items (row groups, tokens, heads), claimed through
+an atomic counter, one or a few at a time, and counted when they are done; a thread goes on when all are. So nobody
+waits for a *thread*, only for work: one that the system has put aside between two phases is not missed, one inside
+costs what it has claimed, and a worker that wakes late finds the work done and runs after the others. Each output has
+one writer, so claims never change bits.
 
     Python thread 0            worker (a Python thread inside `worker_loop`, without the GIL)
     team_rouse: awake = 1      spin on generation; after a while asleep = 1 and, unless awake, back to Python, which
@@ -46,8 +46,14 @@ def claim(counter, step):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def claim_left(counter, items, step):  # type: ignore[no-untyped-def]
+    """`claim` of a phase of so many items. When all are claimed the line is only read: who waits for it keeps it."""
+    return items if atomic_get(counter) >= items else claim(counter, step)
+
+
+@kernel
 def done(counter, items):  # type: ignore[no-untyped-def]
-    """Claimed items are done, their outputs written."""
+    """Claimed items are done, their outputs written. It takes the line from those who wait: better once for all."""
     atomic_add(counter + 8, items)
 
 

@@ -404,11 +404,11 @@ def test_code_holds_the_instructions_claimed(tier: str) -> None:
 
 @pytest.mark.skipif(not TIERS[TESTED[0]].x86, reason="one kind of machine is enough: others are emulated")
 def test_sums_of_a_tile_stay_in_registers() -> None:
-    """No loop of products uses the stack: with one token, with two, and with a whole tile."""
+    """No loop of products uses the stack: with one token, alone and left of more, with two, and with a whole tile."""
     for name, code in emitted("assembly", "dotprod", ["matmul_Q4_0_int8", "matmul_Q8_0_int8"]).items():
         blocks = re.split(r"^(?=\.?\w+:)", code.decode(), flags=re.MULTILINE)
         loops = [block for block in blocks if block.count("sdot\t") >= 32]
-        assert len(loops) == 3 and max(loop.count("sdot\t") for loop in loops) == 32 * TIERS["dotprod"].tiles[1]
+        assert len(loops) == 4 and max(loop.count("sdot\t") for loop in loops) == 32 * TIERS["dotprod"].tiles[1]
         for loop in loops:
             assert re.search(rf"\tb\.ne\t{re.escape(loop.partition(':')[0])}\b", loop), f"{name}: no loop"
             assert "[sp" not in loop, name

@@ -228,7 +228,7 @@ class Model:
         self._words: NDArray[np.int64] = np.zeros(B.size, np.int64)
         self._told = self._words.ctypes.data
         self._tell(
-            n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, rope=self._at["rope"],
+            n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, rope=self._at["rope"], threads=self.ops.threads,
             head_bytes=8 * PAGE * HEAD_DIM, value_offset=4 * PAGE * HEAD_DIM,
             layer_bytes=0 if self.recompute else c.n_kv_heads * 8 * PAGE * HEAD_DIM,
         )  # fmt: skip
