@@ -71,7 +71,7 @@ def unpacked_of(block, row):  # type: ignore[no-untyped-def]
 
 PASS = void(i64, i64)
 ONE_TILE = one_tile(TIER)
-STRETCHES = 5  # most of them: claim counters of a layer up to its keys and values
+STRETCHES = 5  # most of them; of the claim counters of a layer each has two words
 
 
 @kernel
