@@ -378,8 +378,8 @@ def make_layer(key: str, value: str) -> tuple[Any, Any]:
 
     @kernel
     def project(block, i, counter, scratch, row, single):  # type: ignore[no-untyped-def]
-        """A layer up to its keys and values; counter: its first claim counter; single: every segment is one token,
-        whose key `attention` stores. Returns 1 when the pass is cancelled."""
+        """A layer up to its keys and values; counter: its first claim counter; single: every segment is one token, and
+        `attention` will store its key. Returns 1 when the pass is cancelled."""
         team, n = get_i64(block + B.team), get_i64(block + B.n)
         dim, x, qkv = get_i64(block + B.dim), get_i64(block + B.x), get_i64(block + B.qkv)
         kv_heads = get_i64(block + B.n_kv_heads)
@@ -492,7 +492,9 @@ def make_forward(key: str, value: str) -> Callable[..., None]:
         embed(block, counters, get_i64(block + B.x), get_i64(block + B.dim), unpacked_of(block, row))
         if wait(get_i64(block + B.team), counters, get_i64(block + B.n)):
             return
-        stretches, single = in_stretches(block), get_i64(block + B.n) == get_i64(block + B.n_segments)
+        stretches, n = in_stretches(block), get_i64(block + B.n)
+        # of tokens nobody wants the last layer has no attention that could store their keys
+        single = n == get_i64(block + B.n_segments) and n == get_i64(block + B.rows)
         if stretches and by_stretches(block, counters, scratch, row, tid):
             return
         for i in range(n_layers - 1 if stretches else 0, n_layers):

@@ -299,6 +299,22 @@ def test_rows_that_nobody_wants_are_left_out(threads: int, kv: str, tiny: Tiny, 
         slot.close()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_single_tokens_that_nobody_wants_are_kept(threads: int, kv: str, tiny: Tiny, load: Load) -> None:
+    """Alone and beside other sequences' single tokens: their keys and values are stored in the last layer, too."""
+    ids = some_ids(80)
+    expected = hidden(load(tiny.gguf, kv=kv), ids)
+    model = load(tiny.gguf, kv=kv, threads=threads)
+    slots = [model.open(ids) for _ in range(2)]
+    for i in ids[:5]:
+        assert not model.hidden(slots[0], [i], 0).size
+    for i in ids[5:70]:
+        model.step([(slots[0], [i]), (slots[1], [ids[slots[1].length]])])
+    assert same(model.hidden(slots[0], ids[70:]), expected[70:])
+    assert same(model.hidden(slots[1], ids[65:]), expected[65:])
+
+
 def test_a_cancelled_pass_leaves_every_slot_as_it_was(tiny: Tiny, load: Load) -> None:
     model = load(tiny.gguf, threads=2)
     slots = [model.open(PROMPT[:n]) for n in (3, 5, 7)]
