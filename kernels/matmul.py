@@ -333,7 +333,7 @@ def tiled(
     token's block.
     """
     tile = make({t: 1 for t in (1, 2, 4, 8) if t < full or groups > 1} | {full: groups})
-    alone = make({1: 1})  # a single token waits for memory, and loses 4 % by every row group's choice of a tile
+    alone = make({1: 1})  # a single token waits for memory: a choice of a tile for every row group cost it 3 %
     one = one_tile(TIER) if groups > 1 else 0  # fewer tokens are one tile
 
     def matmul(w, nb, g0, g1, x, n, y, y_stride, add, scratch):  # type: ignore[no-untyped-def]
